@@ -1,0 +1,228 @@
+"""Initialisation of the stitching layers by least squares (Pan et al., CVPR 2023, equations 4 and 5).
+
+For a stitching layer, the rows of A are the features of the front anchor's cut at every image and position of the grid,
+the rows of B those of the back anchor's cut; the layer becomes the minimiser of ||A W^T + 1 b^T - B||_F. Where the paper
+takes the mean of one solution per position of a window, here all positions that share a layer are solved together: that
+is the minimum of the summed residual, which the mean of the minimisers is not.
+
+Only sums of products are kept (for each cut 1^T A and A^T A, for each layer 1^T B and A^T B), so memory does not grow
+with the samples, and each anchor runs once. They are kept in float64, because A^T A squares the condition number of A.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
+from stitchable.model.stitching import to_channels_last
+
+_CHUNK = 32
+"""Images whose features are held at once, however large a batch is."""
+
+Key = tuple[int, int]
+"""An anchor and one of its cuts."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A place where a stitching layer is used: from cut `source` of one anchor to cut `target` of another."""
+
+    source: Key
+    target: Key
+
+
+@torch.no_grad()
+def initialize_stitches(
+    model: StitchablePreTrainedModel,
+    batches: Iterable[Any] = (),
+    *,
+    num_samples: int = 100,
+    method: Literal["least_squares", "kaiming"] = "least_squares",
+) -> dict[str, float]:
+    """Fit every stitching layer of the model in place.
+
+    Args:
+        model: a stitchable model whose anchors are trained; they run in evaluation mode, on the model's device.
+        batches: pixel values (N, C, H, W), or mappings or sequences that hold them as "pixel_values" or first; read
+            until `num_samples` images were seen.
+        num_samples: images to fit on; 100 in the paper.
+        method: "least_squares", or "kaiming" for PyTorch's random initialisation (the ablation of figure 8), which
+            needs no batches.
+
+    Returns:
+        The relative residual ||A W^T + 1 b^T - B||_F / ||B - mean(B)||_F of each stitching layer by name: 0 is a
+        perfect fit, 1 no better than a constant. Empty for "kaiming".
+
+    Raises:
+        ValueError: an unknown method, fewer images than asked for or than the fit needs, or non-finite activations.
+    """
+    layers = {name: model.get_stitching_layer(name) for stitch in model.stitches for name in stitch.layers}
+    if method == "kaiming":
+        for layer in layers.values():
+            layer.reset_parameters()
+        return {}
+    if method != "least_squares":
+        raise ValueError(f"method must be 'least_squares' or 'kaiming', got {method!r}")
+    if type(num_samples) is not int or num_samples < 1:
+        raise ValueError(f"num_samples must be a positive number of images, got {num_samples!r}")
+
+    training = model.training
+    model.eval()
+    try:
+        accumulator = Accumulator(joints_of_layers(model))
+        for pixel_values in _first_images(batches, num_samples):
+            accumulator.add(anchor_features(model, pixel_values, accumulator.joints))
+    finally:
+        model.train(training)
+    residuals = {}
+    for name, layer in layers.items():
+        statistic = accumulator.statistics(name)
+        needed = layer.in_features + 1
+        if statistic.count < needed:
+            raise ValueError(
+                f"stitching layer {name} maps {layer.in_features} channels and needs at least {needed} rows, but "
+                f"{num_samples} images give {statistic.count}; pass a larger num_samples"
+            )
+        weight, bias, residuals[name] = statistic.solve()
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return residuals
+
+
+def joints_of_layers(model: StitchablePreTrainedModel) -> dict[str, list[Joint]]:
+    """For each stitching layer, the places where some stitch uses it, each once."""
+    joints: dict[str, dict[Joint, None]] = {}
+    for stitch in model.stitches:
+        for name, front, back in zip(stitch.layers, stitch.route, stitch.route[1:], strict=False):
+            joint = Joint((front.anchor, front.stop), (back.anchor, back.start))
+            joints.setdefault(name, {})[joint] = None
+    return {name: list(places) for name, places in joints.items()}
+
+
+@dataclass
+class LeastSquares:
+    """Sufficient statistics of min ||A W^T + 1 b^T - B||_F, all in float64.
+
+    Attributes:
+        count: rows N.
+        sum_a, sum_b: 1^T A of shape (D1,) and 1^T B of shape (D2,).
+        gram: A^T A, (D1, D1).
+        cross: A^T B, (D1, D2).
+        square_b: ||B||_F^2.
+    """
+
+    count: int
+    sum_a: torch.Tensor
+    sum_b: torch.Tensor
+    gram: torch.Tensor
+    cross: torch.Tensor
+    square_b: torch.Tensor
+
+    def solve(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Weight (D2, D1), bias (D2,) and the relative residual.
+
+        The solution of minimum norm: directions in which A hardly varies (dead or collinear channels) get no weight.
+        """
+        mean_a, mean_b = self.sum_a / self.count, self.sum_b / self.count
+        gram = self.gram - torch.outer(self.sum_a, mean_a)
+        cross = self.cross - torch.outer(self.sum_a, mean_b)
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+        # Eigenvalues are squares of singular values of A, whose entries were computed in float32: what is smaller than
+        # its rounding is noise.
+        threshold = eigenvalues[-1] * (len(gram) * torch.finfo(torch.float32).eps) ** 2
+        inverse = torch.where(eigenvalues > threshold, 1 / eigenvalues, 0)
+        projected = eigenvectors.T @ cross
+        weight = (eigenvectors @ (inverse[:, None] * projected)).T
+        bias = mean_b - weight @ mean_a
+        total = self.square_b - self.count * mean_b.square().sum()
+        explained = (inverse[:, None] * projected.square()).sum()
+        residual = (1 - explained / total).clamp(min=0).sqrt() if total > 0 else torch.zeros(())
+        return weight, bias, float(residual)
+
+
+class Accumulator:
+    """The sums behind every stitching layer's `LeastSquares`, batch by batch.
+
+    What several layers share (1^T A and A^T A of a cut) is kept once per cut; A^T B is kept per layer.
+    """
+
+    def __init__(self, joints: Mapping[str, Sequence[Joint]]) -> None:
+        """`joints` are the places of each layer, as `joints_of_layers` returns them."""
+        self.joints = joints
+        self.sources = {joint.source for places in joints.values() for joint in places}
+        self.counts: Counter[Key] = Counter()
+        self.totals: dict[Key, torch.Tensor] = {}
+        self.squares: dict[Key, torch.Tensor] = {}
+        self.grams: dict[Key, torch.Tensor] = {}
+        self.crosses: dict[str, torch.Tensor] = {}
+
+    def add(self, features: Mapping[Key, torch.Tensor]) -> None:
+        """Add the features (rows, channels) of every cut that a layer reads or writes."""
+        rows = {key: x.double() for key, x in features.items()}
+        for key, x in rows.items():
+            self.counts[key] += len(x)
+            _add(self.totals, key, x.sum(0))
+            _add(self.squares, key, x.square().sum())
+            if key in self.sources:
+                _add(self.grams, key, x.T @ x)
+        for name, places in self.joints.items():
+            # A layer's A^T B is a sum over its positions: those with one source need one product, not one each.
+            for source in dict.fromkeys(joint.source for joint in places):
+                first, *others = [rows[joint.target] for joint in places if joint.source == source]
+                _add(self.crosses, name, rows[source].T @ sum(others, first))
+
+    def statistics(self, name: str) -> LeastSquares:
+        """The statistics of one stitching layer, over all its positions."""
+        places = self.joints[name]
+        return LeastSquares(
+            count=sum(self.counts[joint.source] for joint in places),
+            sum_a=torch.stack([self.totals[joint.source] for joint in places]).sum(0),
+            sum_b=torch.stack([self.totals[joint.target] for joint in places]).sum(0),
+            gram=torch.stack([self.grams[joint.source] for joint in places]).sum(0),
+            cross=self.crosses[name],
+            square_b=torch.stack([self.squares[joint.target] for joint in places]).sum(0),
+        )
+
+
+def anchor_features(
+    model: StitchablePreTrainedModel, pixel_values: torch.Tensor, joints: Mapping[str, Sequence[Joint]]
+) -> dict[Key, torch.Tensor]:
+    """The features (rows, channels) of every cut that a stitching layer reads or writes, each anchor run once.
+
+    Raises:
+        ValueError: non-finite activations (names the anchor and the cut).
+    """
+    wanted = {key for places in joints.values() for joint in places for key in (joint.source, joint.target)}
+    pixel_values = pixel_values.to(model.device, model.dtype)
+    features = {}
+    for anchor, chain in enumerate(model.chains):
+        cuts = [cut for owner, cut in wanted if owner == anchor]
+        x = pixel_values
+        for cut in range(max(cuts, default=-1) + 1):
+            x = model.run_step(Step("block", anchor, cut - 1) if cut else Step("stem", anchor), x)
+            if cut in cuts:
+                if not torch.isfinite(x).all():
+                    raise ValueError(f"the activations of anchor {anchor} at cut {cut} are not finite")
+                features[anchor, cut] = to_channels_last(x, chain.layout).flatten(0, -2)
+    return features
+
+
+def _add(sums: dict[Any, torch.Tensor], key: Any, value: torch.Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def _first_images(batches: Iterable[Any], num_samples: int) -> Iterable[torch.Tensor]:
+    seen = 0
+    for batch in batches:
+        pixel_values = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        if isinstance(pixel_values, (tuple, list)):
+            pixel_values = pixel_values[0]
+        yield from pixel_values[: num_samples - seen].split(_CHUNK)
+        seen += min(len(pixel_values), num_samples - seen)
+        if seen == num_samples:
+            return
+    raise ValueError(f"least squares was asked to fit {num_samples} images, but the batches hold only {seen}")
+

@@ -1,0 +1,107 @@
+"""`StitchableConfig`: a family of anchors and every stitch through it, in JSON types and explicit."""
+
+import importlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .routes import AnchorShape, Stitch, check_stitches, find_stitch
+
+STITCHABLE_VERSION = "0.1.0"
+
+_AUTO_MAP = {
+    "AutoConfig": "configuration_stitchable.StitchableConfig",
+    "AutoModel": "modeling_stitchable.StitchableModel",
+    "AutoModelForImageClassification": "modeling_stitchable.StitchableForImageClassification",
+}
+
+
+class StitchableConfig(PreTrainedConfig):
+    """The configuration of a stitchable model.
+
+    Everything is explicit rather than derived, so that a checkpoint never changes its meaning with the code. Parts of a
+    model that no stitch uses are not built: a config with one stitch describes that stitch's network alone.
+
+    Args:
+        anchors: one entry per anchor, smallest first: `architecture` (a timm name), `kwargs` (for `timm.create_model`),
+            `pretrained` (which weights it started from, or None), `depth` in blocks, `stages` (blocks per stage), `cuts`
+            ([channels, height, width] at cut 0..depth), `layout` and `prefix_tokens`.
+        stitches: one entry per stitch: `id`, `route` ([anchor, start, stop] per segment), `layers` (the stitching layers
+            between the segments), `flops` (multiply-adds plus normalisation terms per image), `params`, and once
+            measured `latency_ms` and `metrics`.
+        space: the settings that enumerated the stitches; provenance only.
+        stitch_id: the stitch that runs when a call names none.
+        image_size: [height, width] in pixels that the cuts and costs hold for.
+        num_channels: channels of the image.
+        image_mean: per channel, of pixels in 0..1.
+        image_std: per channel, of pixels in 0..1.
+        num_labels_of_costs: number of labels that `flops` and `params` were counted with.
+        stitchable_version: the version that wrote this config.
+        kwargs: as in any `PreTrainedConfig`, `num_labels`, `id2label` and `label2id` among them.
+
+    Raises:
+        ValueError: routes that do not fit the anchors, a default stitch that does not exist, anchors that are none.
+    """
+
+    model_type = "stitchable"
+
+    def __init__(
+        self,
+        anchors: Sequence[Mapping[str, Any]] = (),
+        stitches: Sequence[Mapping[str, Any]] = (),
+        space: Mapping[str, Any] | None = None,
+        stitch_id: int | None = None,
+        image_size: Sequence[int] = (224, 224),
+        num_channels: int = 3,
+        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        num_labels_of_costs: int | None = None,
+        stitchable_version: str = STITCHABLE_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        self.anchors = [dict(anchor) for anchor in anchors]
+        self.stitches = [dict(stitch) for stitch in stitches]
+        self.space = dict(space or {})
+        self.stitch_id = stitch_id
+        self.image_size = list(image_size)
+        self.num_channels = num_channels
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.num_labels_of_costs = num_labels_of_costs
+        self.stitchable_version = stitchable_version
+        # One class registers one auto class (hub_facts); a checkpoint needs all three.
+        kwargs.setdefault("auto_map", dict(_AUTO_MAP))
+        super().__init__(**kwargs)
+        # transformers makes an empty config to find what differs from the defaults.
+        if self.anchors or self.stitches:
+            self._check()
+
+    def _check(self) -> None:
+        shapes = [AnchorShape.from_dict(anchor) for anchor in self.anchors]
+        stitches = [Stitch.from_dict(stitch) for stitch in self.stitches]
+        check_stitches(stitches, [shape.depth for shape in shapes])
+        if self.stitch_id is None:
+            self.stitch_id = stitches[-1].id
+        find_stitch(stitches, self.stitch_id)
+        if _numbers(self.stitchable_version) > _numbers(STITCHABLE_VERSION):
+            warnings.warn(
+                f"this checkpoint was written by stitchable {self.stitchable_version}, newer than the code that reads it "
+                f"({STITCHABLE_VERSION}); update with `pip install --upgrade stitchable`",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_anchors(cls, anchors: Sequence[str | Mapping[str, Any]], **settings: Any) -> "StitchableConfig":
+        """The config of a family of timm models. Needs the installed package; loading a checkpoint does not.
+
+        See `stitchable.building.build_config` for the settings, which are those of the space (`kernel_size`, `stride`,
+        `stages`, `direction`, `nearest`, `pairs`), `image_size`, `num_labels`, and any other of this class.
+        """
+        # By name, because this file travels to the Hub, where a literal import of the package would be required.
+        return importlib.import_module("stitchable.building").build_config(anchors, **settings)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())

@@ -1,0 +1,377 @@
+"""`StitchableModel` and `StitchableForImageClassification`: many networks in one checkpoint, chosen at run time.
+
+Stitchable Neural Networks, Pan, Cai, Zhuang, CVPR 2023 (https://arxiv.org/abs/2302.06586).
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils import logging
+
+from .anchors import Chain, Layout, create_timm_model
+from .configuration_stitchable import StitchableConfig
+from .routes import AnchorShape, Segment, Stitch, best_within, find_stitch
+from .stitching import StitchingLayer
+
+logger = logging.get_logger(__name__)
+
+
+class Step(NamedTuple):
+    """One step of a stitch: a "stem", a "block", a stitching "layer", or a "neck" (what follows the last block)."""
+
+    kind: str
+    anchor: int = -1
+    block: int = -1
+    layer: str = ""
+
+
+class StitchablePreTrainedModel(PreTrainedModel):
+    """What every stitchable model shares: its parts, the choice of a stitch, and how to run one.
+
+    The timm models are children of `anchors` and keep timm's parameter names; stitching layers are found by their names
+    "FRONT-BACK.INDEX" below `stitching_layers`. Parts that no stitch of the config uses are not built.
+    """
+
+    config_class = StitchableConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    accepts_loss_kwargs = False
+    _supports_sdpa = True  # timm's attention calls scaled_dot_product_attention itself
+
+    def __init__(self, config: StitchableConfig) -> None:
+        super().__init__(config)
+        if not config.anchors:
+            raise ValueError("this config has no anchors; make one with StitchableConfig.from_anchors([...])")
+        find_stitch(self.stitches, config.stitch_id)  # from_pretrained(..., stitch_id=...) sets it after the config's check
+        self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
+        self.chains: list[Chain | None] = []
+        self.anchors = nn.ModuleList(self._build_anchor(index) for index in range(len(config.anchors)))
+        self.stitching_layers = self._build_stitching_layers()
+        if self.device.type != "meta":
+            # timm has initialised its layers in its own way; transformers would do it over in post_init.
+            for module in self.modules():
+                module._is_hf_initialized = module is not self
+        self.post_init()
+        if config.num_labels_of_costs not in (None, config.num_labels):
+            logger.warning_once(
+                f"the FLOPs, parameters and metrics of the stitches are those of {config.num_labels_of_costs} classes, "
+                f"this model has {config.num_labels}; stitchable.update_costs(model) counts again"
+            )
+
+    # ---------------------------------------------------------------- choosing a stitch
+
+    @property
+    def stitches(self) -> tuple[Stitch, ...]:
+        """Every stitch of this model, in the order of the config."""
+        return tuple(Stitch.from_dict(stitch) for stitch in self.config.stitches)
+
+    @property
+    def stitch(self) -> Stitch:
+        """The stitch that runs when a call names none."""
+        return self._find(None)
+
+    def set_stitch(self, stitch_id: int) -> Stitch:
+        """Make a stitch the default of later calls (and of the saved config), and return it.
+
+        Raises:
+            ValueError: not an integer, or not an id of this model.
+        """
+        stitch = self._find(stitch_id)
+        self.config.stitch_id = stitch.id
+        return stitch
+
+    def for_budget(
+        self,
+        flops: float | None = None,
+        *,
+        params: float | None = None,
+        latency_ms: float | None = None,
+        metric: str = "accuracy",
+    ) -> Stitch:
+        """Choose the best measured stitch within every bound given, make it the default and return it.
+
+        Args:
+            flops: upper bound on multiply-adds plus normalisation terms per image (one multiply-add = 1).
+            params: upper bound on parameters, of the stitch alone.
+            latency_ms: upper bound on milliseconds per call.
+            metric: which measured figure to maximise. Where none was measured, the largest FLOPs win.
+
+        Raises:
+            ValueError: no bound, a bound that is no positive number, or no stitch within them (names the cheapest).
+        """
+        stitch = best_within(self.stitches, flops=flops, params=params, latency_ms=latency_ms, metric=metric)
+        if metric not in stitch.metrics:
+            logger.warning_once(
+                f"no stitch within this budget has a measured {metric}; for_budget takes the largest FLOPs. "
+                "stitchable.evaluate(model, batches) measures them"
+            )
+        return self.set_stitch(stitch.id)
+
+    def record(self, stitch_id: int, **figures: Any) -> Stitch:
+        """Write figures (`flops`, `params`, `latency_ms`, `metrics`) into the stitch table and return the new entry.
+
+        Raises:
+            ValueError: an unknown stitch or figure.
+        """
+        stitch = self._find(stitch_id)
+        unknown = set(figures) - {"flops", "params", "latency_ms", "metrics"}
+        if unknown:
+            raise ValueError(f"a stitch has no figure {sorted(unknown)}; it has flops, params, latency_ms and metrics")
+        index = [entry["id"] for entry in self.config.stitches].index(stitch.id)
+        self.config.stitches[index] = {**self.config.stitches[index], **figures}
+        return self._find(stitch_id)
+
+    def _find(self, stitch_id: int | None) -> Stitch:
+        return find_stitch(self.stitches, self.config.stitch_id if stitch_id is None else stitch_id)
+
+    # ---------------------------------------------------------------- running a stitch
+
+    def steps(self, stitch_id: int | None = None) -> tuple[Step, ...]:
+        """What a stitch does, in order, from pixel values to what timm's `forward_features` returns.
+
+        Stitches that begin alike have steps that begin alike, so work can be shared between them.
+        """
+        wanted = self.config.stitch_id if stitch_id is None else stitch_id
+        plan = self._plans.get(wanted) if type(wanted) is int else None
+        return self._plans[self._find(wanted).id] if plan is None else plan
+
+    def run_step(self, step: Step, features: torch.Tensor) -> torch.Tensor:
+        """Run one step on the features (the pixel values, for a stem) that the step before it returned."""
+        if step.kind == "layer":
+            return self.get_stitching_layer(step.layer)(features)
+        anchor, chain = self.anchors[step.anchor], self.chains[step.anchor]
+        if step.kind == "block":
+            return chain.run_block(anchor, step.block, features)
+        return chain.run_stem(anchor, features) if step.kind == "stem" else chain.run_neck(anchor, features)
+
+    def run_head(self, anchor: int, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features after the neck to logits (N, num_labels), or to the pooled features before the classifier."""
+        return self.anchors[anchor].forward_head(features, pre_logits=pre_logits)
+
+    def run_features(self, pixel_values: torch.Tensor, stitch_id: int | None = None) -> tuple[torch.Tensor, int]:
+        """Run a stitch up to its head; returns the features and the anchor whose head follows."""
+        steps = self.steps(stitch_id)
+        features = pixel_values.to(self.device, self.dtype)
+        for step in steps:
+            if self.gradient_checkpointing and self.training and step.kind == "block":
+                features = self._gradient_checkpointing_func(self.run_step, step, features)
+            else:
+                features = self.run_step(step, features)
+        return features, steps[-1].anchor
+
+    @cached_property
+    def _plans(self) -> dict[int, tuple[Step, ...]]:
+        return {stitch.id: _plan(stitch) for stitch in self.stitches}
+
+    def get_stitching_layer(self, name: str) -> StitchingLayer:
+        """The stitching layer named "FRONT-BACK.INDEX"."""
+        pair, index = name.split(".")
+        return self.stitching_layers[pair][index]
+
+    # ---------------------------------------------------------------- taking a stitch out
+
+    @torch.no_grad()
+    def extract(self, stitch_id: int | None = None) -> "StitchablePreTrainedModel":
+        """A model of its own with a copy of only this stitch's weights; it saves and loads like any other.
+
+        The stitch keeps its id and its parameters keep their names.
+
+        Raises:
+            ValueError: not an id of this model.
+        """
+        stitch = self._find(stitch_id)
+        config = copy.deepcopy(self.config)
+        config.stitches = [entry for entry in config.stitches if entry["id"] == stitch.id]
+        config.stitch_id = stitch.id
+        with torch.device("meta"):
+            extracted = type(self)(config)
+        for name, module in extracted.named_modules():
+            source = self.get_submodule(name)
+            for key in module._parameters:
+                if module._parameters[key] is not None:
+                    parameter = source._parameters[key]
+                    module._parameters[key] = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
+            for key in module._buffers:
+                if module._buffers[key] is not None:
+                    module._buffers[key] = source._buffers[key].clone()
+        return extracted.train(self.training)
+
+    # ---------------------------------------------------------------- building
+
+    @classmethod
+    def from_anchors(
+        cls, anchors: Sequence[str | Mapping[str, Any]], *, pretrained: bool = True, **settings: Any
+    ) -> "StitchablePreTrainedModel":
+        """A stitchable model of timm models, with timm's weights. Needs the installed package.
+
+        Args:
+            anchors: timm names, or mappings with `architecture` and `kwargs` for `timm.create_model`; in any order.
+            pretrained: whether to load timm's pretrained weights (from the Hub); random weights otherwise.
+            settings: as in `StitchableConfig.from_anchors`. With a `num_labels` that is not the anchors' own, the
+                classifiers are new, as with `from_pretrained` of any classifier.
+        """
+        config = cls.config_class.from_anchors(anchors, pretrained=pretrained, **settings)
+        model = cls(config)
+        if pretrained:
+            for anchor, entry in zip(model.anchors, config.anchors, strict=True):
+                source = create_timm_model(
+                    entry["architecture"], entry["kwargs"], num_classes=config.num_labels, pretrained=True
+                )
+                anchor.load_state_dict(source.state_dict())
+        return model
+
+    def _build_anchor(self, index: int) -> nn.Module:
+        parts = self._parts_used(index)
+        if not parts:
+            self.chains.append(None)
+            return nn.Identity()
+        entry, shape = self.config.anchors[index], self._shapes[index]
+        model = create_timm_model(
+            entry["architecture"], entry.get("kwargs"), num_classes=self.config.num_labels, pretrained=False
+        )
+        chain = Chain.of(model)
+        actual = (chain.stages, chain.layout.value, chain.prefix_tokens)
+        stated = (shape.stages, shape.layout, shape.prefix_tokens)
+        if actual != stated:
+            raise ValueError(
+                f"anchor {index}, {entry['architecture']}: the config says (stages, layout, prefix tokens) {stated}, "
+                f"the timm model has {actual}"
+            )
+        chain.keep_only(model, parts)
+        self.chains.append(chain)
+        return model
+
+    def _parts_used(self, index: int) -> set[str | int]:
+        parts: set[str | int] = set()
+        for stitch in self.stitches:
+            for position, segment in enumerate(stitch.route):
+                if segment.anchor == index:
+                    parts.update(range(segment.start, segment.stop))
+                    parts |= {"stem"} if position == 0 else set()
+                    parts |= {"head"} if position == len(stitch.route) - 1 else set()
+        return parts
+
+    def _build_stitching_layers(self) -> nn.ModuleDict:
+        layers: dict[str, StitchingLayer] = {}
+        for stitch in self.stitches:
+            for name, front, back in zip(stitch.layers, stitch.route, stitch.route[1:], strict=False):
+                arguments = self._arguments_of_layer(stitch, front, back)
+                if name not in layers:
+                    layers[name] = StitchingLayer(*arguments)
+                elif (layers[name].in_features, layers[name].out_features) != arguments[:2]:
+                    raise ValueError(
+                        f"stitch {stitch.id}: stitching layer {name} maps {layers[name].in_features} to "
+                        f"{layers[name].out_features} channels elsewhere, here it would map {arguments[0]} to {arguments[1]}"
+                    )
+        tree = nn.ModuleDict()
+        for name, layer in layers.items():
+            pair, index = name.split(".")
+            if pair not in tree:
+                tree[pair] = nn.ModuleDict()
+            tree[pair][index] = layer
+        return tree
+
+    def _arguments_of_layer(
+        self, stitch: Stitch, front: Segment, back: Segment
+    ) -> tuple[int, int, Layout, Layout, tuple[int, int]]:
+        source_shape, target_shape = self._shapes[front.anchor], self._shapes[back.anchor]
+        source, target = source_shape.cuts[front.stop], target_shape.cuts[back.start]
+        same_grid = (source.height, source.width) == (target.height, target.width)
+        if not same_grid or source_shape.prefix_tokens != target_shape.prefix_tokens:
+            raise ValueError(
+                f"stitch {stitch.id}: cut {front.stop} of anchor {front.anchor} has a grid of "
+                f"{source.height}x{source.width} and {source_shape.prefix_tokens} prefix tokens, cut {back.start} of anchor "
+                f"{back.anchor} {target.height}x{target.width} and {target_shape.prefix_tokens}; a stitching layer needs "
+                "equal ones"
+            )
+        layouts = Layout(source_shape.layout), Layout(target_shape.layout)
+        return source.channels, target.channels, *layouts, (source.height, source.width)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only what from_pretrained did not load comes here: new classifiers, and buffers that no checkpoint holds.
+        if isinstance(module, StitchingLayer):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+
+class StitchableModel(StitchablePreTrainedModel):
+    """The features of a stitch: what timm's `forward_features` and `forward_head(pre_logits=True)` return."""
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        stitch_id: int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | tuple[torch.Tensor, ...]:
+        """Run one stitch.
+
+        Args:
+            pixel_values: (N, num_channels, height, width), normalised as the image processor does.
+            stitch_id: the stitch of this call; the default of the model if None. No state is touched, so threads can
+                use one model with stitches of their own.
+            return_dict: whether to return a `ModelOutput` (the default) or a tuple.
+            kwargs: ignored, for callers that pass what other models take.
+
+        Returns:
+            `last_hidden_state` in the back anchor's layout after its final norm, `pooler_output` (N, features).
+        """
+        features, anchor = self.run_features(pixel_values, stitch_id)
+        pooled = self.run_head(anchor, features, pre_logits=True)
+        output = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=pooled)
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+class StitchableForImageClassification(StitchablePreTrainedModel):
+    """A stitch as an image classifier: with one anchor's route, exactly what timm computes for it."""
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        stitch_id: int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput | tuple[torch.Tensor, ...]:
+        """Run one stitch.
+
+        Args:
+            pixel_values: (N, num_channels, height, width), normalised as the image processor does.
+            labels: (N,) class numbers, or (N, num_labels) targets of a multi-label or regression problem.
+            stitch_id: the stitch of this call; the default of the model if None. No state is touched, so threads can
+                use one model with stitches of their own.
+            return_dict: whether to return a `ModelOutput` (the default) or a tuple.
+            kwargs: ignored, for callers that pass what other models take.
+
+        Returns:
+            `logits` (N, num_labels), and `loss` where labels are given, as transformers' image classifiers have them.
+        """
+        features, anchor = self.run_features(pixel_values, stitch_id)
+        logits = self.run_head(anchor, features)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        output = ImageClassifierOutput(loss=loss, logits=logits)
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+def _plan(stitch: Stitch) -> tuple[Step, ...]:
+    steps = [Step("stem", stitch.route[0].anchor)]
+    for segment, layer in zip(stitch.route, (*stitch.layers, ""), strict=True):
+        steps += [Step("block", segment.anchor, block) for block in range(segment.start, segment.stop)]
+        steps += [Step("layer", layer=layer)] if layer else []
+    return (*steps, Step("neck", stitch.route[-1].anchor))
+
+
+def _wants_dict(return_dict: bool | None, config: StitchableConfig) -> bool:
+    return config.return_dict if return_dict is None else return_dict

@@ -1,0 +1,308 @@
+"""Routes through a family of anchors: segments, stitches, budgets and the Pareto front. Pure Python, no torch.
+
+An anchor is a chain: stem, L blocks, head. `cut p` is the place after p blocks (0 = after the stem, L = before the
+head). A segment is blocks start..stop-1 of one anchor, a route is the segments of a stitch in order. An anchor is a
+route of one segment, a stitch of the paper (Pan et al., CVPR 2023, equation 3) one of two; nothing here assumes how
+many there are.
+"""
+
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+_LAYER_NAME = re.compile(r"(\d+)-(\d+)\.(\d+)")
+
+
+class Segment(NamedTuple):
+    """Blocks start..stop-1 of an anchor (anchors counted from 0, smallest first)."""
+
+    anchor: int
+    start: int
+    stop: int
+
+
+class Cut(NamedTuple):
+    """What flows through an anchor at one cut: channels, and the height and width of the grid they live on."""
+
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class AnchorShape:
+    """An anchor as the space and the stitching layers see it.
+
+    Attributes:
+        stages: number of blocks of each stage; a plain transformer has one stage.
+        cuts: what flows at cut 0..L, so one more than there are blocks.
+        layout: "NCHW", "NHWC" or "NLC", the layout of the features between blocks.
+        prefix_tokens: tokens before the grid (class, distillation, register tokens); 0 unless the layout is NLC.
+    """
+
+    stages: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+    layout: str
+    prefix_tokens: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return sum(self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only, the form it has in `config.json`."""
+        return {
+            "depth": self.depth,
+            "stages": list(self.stages),
+            "cuts": [list(cut) for cut in self.cuts],
+            "layout": self.layout,
+            "prefix_tokens": self.prefix_tokens,
+        }
+
+    @classmethod
+    def from_dict(cls, anchor: Mapping[str, Any]) -> "AnchorShape":
+        """The inverse of `to_dict`; further keys are left alone.
+
+        Raises:
+            ValueError: a key is missing, or depth, stages and cuts disagree.
+        """
+        missing = [key for key in ("depth", "stages", "cuts", "layout") if key not in anchor]
+        if missing:
+            raise ValueError(f"an anchor of the config lacks {missing}; it has {sorted(anchor)}")
+        shape = cls(
+            stages=tuple(anchor["stages"]),
+            cuts=tuple(Cut(*cut) for cut in anchor["cuts"]),
+            layout=anchor["layout"],
+            prefix_tokens=anchor.get("prefix_tokens", 0),
+        )
+        if shape.depth != anchor["depth"] or len(shape.cuts) != shape.depth + 1:
+            raise ValueError(
+                f"anchor {anchor.get('architecture')!r} of the config has depth {anchor['depth']}, stages "
+                f"{list(shape.stages)} and {len(shape.cuts)} cuts; depth must be the sum of the stages and the cuts one more"
+            )
+        return shape
+
+
+@dataclass(frozen=True)
+class Stitch:
+    """One network of a stitchable model.
+
+    Attributes:
+        id: the number by which it is chosen.
+        route: its segments, front to back.
+        layers: names of the stitching layers between them, "FRONT-BACK.INDEX", one fewer than segments.
+        flops: multiply-adds plus normalisation terms of one image (the convention of the paper and fvcore).
+        params: parameters, as many as `extract` holds.
+        latency_ms: measured or predicted milliseconds of one call, None until calibrated.
+        metrics: measured figures, e.g. {"accuracy": 0.97}; empty until evaluated.
+    """
+
+    id: int
+    route: tuple[Segment, ...]
+    layers: tuple[str, ...] = ()
+    flops: int | None = None
+    params: int | None = None
+    latency_ms: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether the route stays in one anchor."""
+        return len(self.route) == 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only, the form it has in `config.json`; what is not known yet is left out."""
+        known: dict[str, Any] = {
+            "id": self.id,
+            "route": [list(segment) for segment in self.route],
+            "layers": list(self.layers),
+        }
+        for name in ("flops", "params", "latency_ms"):
+            if getattr(self, name) is not None:
+                known[name] = getattr(self, name)
+        if self.metrics:
+            known["metrics"] = dict(self.metrics)
+        return known
+
+    @classmethod
+    def from_dict(cls, stitch: Mapping[str, Any]) -> "Stitch":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown key, no id or route, or a segment that is not three integers.
+        """
+        unknown = set(stitch) - set(cls.__dataclass_fields__)
+        if unknown or "id" not in stitch or "route" not in stitch:
+            raise ValueError(
+                f"a stitch is {{id, route, layers, flops, params, latency_ms, metrics}} with at least id and route; "
+                f"got {sorted(stitch)}"
+            )
+        for segment in stitch["route"]:
+            if len(segment) != 3 or not all(type(number) is int for number in segment):
+                raise ValueError(f"stitch {stitch['id']}: segment {segment} is not [anchor, start, stop] in integers")
+        route = tuple(Segment(*segment) for segment in stitch["route"])
+        return cls(**{**stitch, "route": route, "layers": tuple(stitch.get("layers", ()))})
+
+
+def layer_name(front: int, back: int, index: int) -> str:
+    """The name of the index-th stitching layer from anchor `front` to anchor `back`."""
+    return f"{front}-{back}.{index}"
+
+
+def check_stitches(stitches: Sequence[Stitch], depths: Sequence[int]) -> None:
+    """Refuse stitches that do not fit anchors of these depths (in blocks).
+
+    Raises:
+        ValueError: no stitch, an id twice, or a route with an unknown anchor, a gap, an overlap, an empty segment, an
+            end that is not the anchor's, or a stitching layer that does not join its two anchors.
+    """
+    if not stitches:
+        raise ValueError("the config has no stitch; a stitchable model needs at least one")
+    times = Counter(stitch.id for stitch in stitches)
+    for stitch in stitches:
+        _check_integer(stitch.id, "stitch id")
+        if times[stitch.id] > 1:
+            raise ValueError(f"stitch id {stitch.id} occurs {times[stitch.id]} times; ids must be unique")
+        problem = _problem_of_route(stitch, depths)
+        if problem:
+            raise ValueError(f"stitch {stitch.id}, route {[list(segment) for segment in stitch.route]}: {problem}")
+
+
+def _problem_of_route(stitch: Stitch, depths: Sequence[int]) -> str | None:
+    route = stitch.route
+    if not route:
+        return "it has no segment"
+    for segment in route:
+        if not 0 <= segment.anchor < len(depths):
+            return f"anchor {segment.anchor} is out of range, there are {len(depths)} anchors (0..{len(depths) - 1})"
+        depth = depths[segment.anchor]
+        if not 0 <= segment.start < segment.stop <= depth:
+            return f"segment {list(segment)} is empty or out of range, anchor {segment.anchor} has blocks 0..{depth - 1}"
+    if route[0].start != 0:
+        return f"gap: the first segment must start at 0, not at {route[0].start}"
+    if route[-1].stop != depths[route[-1].anchor]:
+        return f"gap: the last segment must stop at {depths[route[-1].anchor]}, not at {route[-1].stop}"
+    for front, back in zip(route, route[1:], strict=False):
+        if front.anchor == back.anchor:
+            kind = "gap" if back.start > front.stop else "overlap" if back.start < front.stop else "needless cut"
+            return f"{kind} between {list(front)} and {list(back)}: segments of one anchor must be one segment"
+    if len(stitch.layers) != len(route) - 1:
+        return f"{len(route)} segments need {len(route) - 1} stitching layers, it names {list(stitch.layers)}"
+    for name, front, back in zip(stitch.layers, route, route[1:], strict=False):
+        match = _LAYER_NAME.fullmatch(name)
+        if match is None or (int(match[1]), int(match[2])) != (front.anchor, back.anchor):
+            return (
+                f"unknown stitching layer {name!r}, between anchors {front.anchor} and {back.anchor} it must be "
+                f"named '{front.anchor}-{back.anchor}.INDEX'"
+            )
+    return None
+
+
+def find_stitch(stitches: Sequence[Stitch], stitch_id: int) -> Stitch:
+    """The stitch with this id.
+
+    Raises:
+        ValueError: not an integer, or no stitch has it.
+    """
+    wanted = _check_integer(stitch_id, "stitch_id")
+    for stitch in stitches:
+        if stitch.id == wanted:
+            return stitch
+    ids = [stitch.id for stitch in stitches]
+    nearest = min(ids, key=lambda known: abs(known - wanted))
+    known = f"{ids[0]}..{ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else str(ids)
+    raise ValueError(f"stitch_id {wanted} is out of range: this model has stitches {known}; the nearest is {nearest}")
+
+
+def best_within(
+    stitches: Sequence[Stitch],
+    *,
+    flops: float | None = None,
+    params: float | None = None,
+    latency_ms: float | None = None,
+    metric: str = "accuracy",
+) -> Stitch:
+    """The stitch with the highest `metric` among those within every bound given.
+
+    Among equals the one with fewer FLOPs wins. Where none within the bounds has been measured, the largest FLOPs win.
+
+    Args:
+        stitches: the candidates.
+        flops: upper bound on multiply-adds plus normalisation terms, per image.
+        params: upper bound on parameters.
+        latency_ms: upper bound on milliseconds per call; only calibrated stitches have one.
+        metric: the key of `Stitch.metrics` to maximise.
+
+    Raises:
+        ValueError: no bound, a bound that is no positive number, a bound on something no stitch carries, a metric no
+            stitch has although others were measured, or no stitch within the bounds (names the cheapest).
+    """
+    bounds = {"flops": flops, "params": params, "latency_ms": latency_ms}
+    bounds = {name: _check_bound(bound, name) for name, bound in bounds.items() if bound is not None}
+    if not bounds:
+        raise ValueError("a budget needs at least one of flops, params and latency_ms")
+    for name in bounds:
+        if all(getattr(stitch, name) is None for stitch in stitches):
+            raise ValueError(f"no stitch of this model carries {name}, so it cannot be a budget")
+    _check_metric(stitches, metric)
+
+    affordable = [stitch for stitch in stitches if all(_within(stitch, name, bounds[name]) for name in bounds)]
+    if not affordable:
+        asked = ", ".join(f"{name} <= {bound:g}" for name, bound in bounds.items())
+        cheapest = "; ".join(f"by {name} {_cheapest(stitches, name)}" for name in bounds)
+        raise ValueError(f"no stitch is within {asked}; the cheapest is, {cheapest}")
+    measured = [stitch for stitch in affordable if metric in stitch.metrics]
+    if measured:
+        return max(measured, key=lambda stitch: (stitch.metrics[metric], -(stitch.flops or 0)))
+    return max(affordable, key=lambda stitch: stitch.flops or 0)
+
+
+def pareto_front(stitches: Iterable[Stitch], metric: str = "accuracy") -> list[Stitch]:
+    """The measured stitches that no other beats in both FLOPs and metric, cheapest first."""
+    front: list[Stitch] = []
+    measured = [stitch for stitch in stitches if metric in stitch.metrics and stitch.flops is not None]
+    for stitch in sorted(measured, key=lambda stitch: (stitch.flops, -stitch.metrics[metric])):
+        if not front or stitch.metrics[metric] > front[-1].metrics[metric]:
+            front.append(stitch)
+    return front
+
+
+def _check_integer(value: Any, name: str) -> int:
+    # bool is an int in Python, but set_stitch(True) is a mistake.
+    if isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r} ({type(value).__name__})") from None
+
+
+def _check_bound(bound: Any, name: str) -> float:
+    try:
+        number = float(bound)
+    except (TypeError, ValueError):
+        raise ValueError(f"the budget {name} must be a number, got {bound!r}") from None
+    if math.isnan(number) or number <= 0:
+        raise ValueError(f"the budget {name} must be a positive number, got {bound!r}")
+    return number
+
+
+def _check_metric(stitches: Sequence[Stitch], metric: str) -> None:
+    known = {name for stitch in stitches for name in stitch.metrics}
+    if known and metric not in known:
+        raise ValueError(f"no stitch has been measured by {metric!r}; there are {sorted(known)}")
+
+
+def _within(stitch: Stitch, name: str, bound: float) -> bool:
+    cost = getattr(stitch, name)
+    return cost is not None and cost <= bound
+
+
+def _cheapest(stitches: Sequence[Stitch], name: str) -> str:
+    stitch = min((stitch for stitch in stitches if getattr(stitch, name) is not None), key=operator.attrgetter(name))
+    return f"stitch {stitch.id} ({name} {getattr(stitch, name):g})"

@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from stitchable.costs import AnchorProfile, cost_of_stitch, profile_anchor
+from stitchable.costs import cost_of_stitch, profile_anchor
 from stitchable.model.anchors import create_timm_model
 from stitchable.model.configuration_stitchable import StitchableConfig
-from stitchable.space import Direction, Pairs, enumerate_stitches
+from stitchable.space import Direction, Pairs, default_pairs, default_stages, enumerate_stitches
 
 
 def build_config(
@@ -34,7 +33,12 @@ def build_config(
     Args:
         anchors: timm names, or mappings with `architecture` and `kwargs` for `timm.create_model`; in any order, the
             config has them sorted by FLOPs.
-        kernel_size, stride, stages, direction, nearest, pairs: the space, see `stitchable.space.enumerate_stitches`.
+        kernel_size: of the space, like the next five; `stitchable.space.enumerate_stitches` describes them.
+        stride: see there.
+        stages: see there.
+        direction: see there.
+        nearest: see there.
+        pairs: see there.
         image_size: pixels, or (height, width); None means the anchors' own. Where the architecture fixes its input
             size at construction, it is built for this one.
         num_labels: classes; None means the anchors' own.
@@ -67,9 +71,16 @@ def build_config(
     profiles = [profile for *_, profile in profiled]
     _agreed([(name, profile.shape.prefix_tokens) for name, _, _, profile in profiled], "prefix_tokens")
 
-    space = {"kernel_size": kernel_size, "stride": stride, "stages": stages, "direction": direction}
-    space |= {"nearest": nearest, "pairs": pairs}
-    stitches = enumerate_stitches([profile.shape for profile in profiles], **space)
+    shapes = [profile.shape for profile in profiles]
+    stitches = enumerate_stitches(
+        shapes,
+        kernel_size=kernel_size,
+        stride=stride,
+        stages=stages,
+        direction=direction,
+        nearest=nearest,
+        pairs=pairs,
+    )
     costs = [cost_of_stitch(stitch, profiles) for stitch in stitches]
     if "id2label" not in config and (labels := _imagenet_labels([cfg for _, _, cfg in entries], num_labels)):
         config["id2label"] = labels
@@ -91,7 +102,14 @@ def build_config(
             replace(stitch, flops=cost.flops, params=cost.params).to_dict()
             for stitch, cost in zip(stitches, costs, strict=True)
         ],
-        space=_resolved(space, profiles),
+        space={
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "stages": list(default_stages(shapes) if stages is None else stages),
+            "direction": direction,
+            "nearest": nearest,
+            "pairs": pairs or default_pairs(shapes),
+        },
         stitch_id=config.pop("stitch_id", len(profiles) - 1),
         image_size=image_size,
         num_channels=num_channels,
@@ -114,8 +132,8 @@ def _entry(
     else:
         name, kwargs = anchor, {}
     with torch.device("meta"):
-        cfg = dict(create_timm_model(name, kwargs, num_classes=1).pretrained_cfg)
-    cfg["num_classes"] = (timm.get_pretrained_cfg(name.split("/")[-1], allow_unregistered=True) or cfg).num_classes
+        model = create_timm_model(name, kwargs, num_classes=None)
+    cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
     if image_size is not None and cfg.get("fixed_input_size"):
         kwargs.setdefault("img_size", image_size if isinstance(image_size, int) else list(image_size))
     return name, kwargs, cfg
@@ -138,17 +156,10 @@ def _agreed(values: Sequence[tuple[str, Any]], name: str, chosen: Any = None) ->
 
 def _imagenet_labels(cfgs: Sequence[Mapping[str, Any]], num_labels: int) -> dict[int, str] | None:
     """Class names where the anchors were pretrained on a data set whose names timm knows."""
-    subsets = {infer_imagenet_subset(dict(cfg)) for cfg in cfgs}
-    if len(subsets) != 1 or None in subsets:
+    subset, *others = {infer_imagenet_subset(dict(cfg)) for cfg in cfgs}
+    if others or subset is None:
         return None
-    info = ImageNetInfo(subsets.pop())
+    info = ImageNetInfo(subset)
     if info.num_classes() != num_labels:
         return None
     return {index: info.index_to_description(index) for index in range(num_labels)}
-
-
-def _resolved(space: Mapping[str, Any], profiles: Sequence[AnchorProfile]) -> dict[str, Any]:
-    """The space with its defaults written out."""
-    num_stages = len(profiles[0].shape.stages)
-    stages = space["stages"] if space["stages"] is not None else range(max(1, num_stages - 1))
-    return {**space, "stages": list(stages), "pairs": space["pairs"] or ("all" if num_stages == 1 else "forward")}

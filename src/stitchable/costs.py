@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from stitchable.model.anchors import Chain, Layout, create_timm_model
+from stitchable.model.anchors import Chain, Layout, TimmModel, create_timm_model
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.model.routes import AnchorShape, Cut, Stitch
 
@@ -48,7 +47,7 @@ class AnchorProfile:
         return sum((*self.blocks, self.head), self.stem)
 
 
-def profile_anchor(model: nn.Module, image_size: Sequence[int], num_channels: int = 3) -> AnchorProfile:
+def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: int = 3) -> AnchorProfile:
     """Run a timm model once, part by part, on its device (meta costs no arithmetic).
 
     Args:
@@ -100,11 +99,10 @@ def cost_of_stitch(stitch: Stitch, profiles: Sequence[AnchorProfile]) -> Cost:
     cost = profiles[stitch.route[0].anchor].stem + profiles[stitch.route[-1].anchor].head
     for segment in stitch.route:
         cost = sum(profiles[segment.anchor].blocks[segment.start : segment.stop], cost)
-    joints = list(zip(stitch.layers, stitch.route, stitch.route[1:], strict=False))
-    for index, (name, front, back) in enumerate(joints):
+    for index, (name, front, back) in enumerate(stitch.joints):
         layer = cost_of_layer(profiles[front.anchor].shape, front.stop, profiles[back.anchor].shape, back.start)
         # A chain may pass one stitching layer twice: it works twice, but its parameters are there once.
-        used_before = name in (joint[0] for joint in joints[:index])
+        used_before = name in stitch.layers[:index]
         cost = cost + (replace(layer, params=0) if used_before else layer)
     return cost
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from stitchable.model.modeling_stitchable import StitchableForImageClassification, Step
+from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def run_stitches(
 def _descend(
     model: StitchableForImageClassification, features: torch.Tensor, depth: int, plans: Mapping[int, tuple[Step, ...]]
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Run the stitches whose first `depth` steps gave these features: a walk over the tree of their common beginnings."""
+    """Run the stitches whose first `depth` steps gave these features: a walk over the tree of common beginnings."""
     branches: dict[Step, dict[int, tuple[Step, ...]]] = {}
     for stitch_id, steps in plans.items():
         if depth == len(steps):
@@ -76,5 +76,3 @@ def _descend(
             branches.setdefault(steps[depth], {})[stitch_id] = steps
     for step, members in branches.items():
         yield from _descend(model, model.run_step(step, features), depth + 1, members)
-
-

@@ -1,9 +1,9 @@
 """Initialisation of the stitching layers by least squares (Pan et al., CVPR 2023, equations 4 and 5).
 
-For a stitching layer, the rows of A are the features of the front anchor's cut at every image and position of the grid,
-the rows of B those of the back anchor's cut; the layer becomes the minimiser of ||A W^T + 1 b^T - B||_F. Where the paper
-takes the mean of one solution per position of a window, here all positions that share a layer are solved together: that
-is the minimum of the summed residual, which the mean of the minimisers is not.
+For a stitching layer, the rows of A are the features at the front anchor's cut, of every image and position of the
+grid, the rows of B those at the back anchor's; the layer becomes the minimiser of ||A W^T + 1 b^T - B||_F. Where the
+authors' code takes the mean of one solution per position of a window, here all positions that share a layer are solved
+together: that minimises the summed residual, which the mean of the minimisers does not.
 
 Only sums of products are kept (for each cut 1^T A and A^T A, for each layer 1^T B and A^T B), so memory does not grow
 with the samples, and each anchor runs once. They are kept in float64, because A^T A squares the condition number of A.
@@ -27,7 +27,7 @@ Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Joint:
+class Place:
     """A place where a stitching layer is used: from cut `source` of one anchor to cut `target` of another."""
 
     source: Key
@@ -72,9 +72,10 @@ def initialize_stitches(
     training = model.training
     model.eval()
     try:
-        accumulator = Accumulator(joints_of_layers(model))
+        accumulator = Accumulator(places_of_layers(model))
+        _check_complete(model, accumulator.places)
         for pixel_values in _first_images(batches, num_samples):
-            accumulator.add(anchor_features(model, pixel_values, accumulator.joints))
+            accumulator.add(anchor_features(model, pixel_values, accumulator.places))
     finally:
         model.train(training)
     residuals = {}
@@ -92,14 +93,14 @@ def initialize_stitches(
     return residuals
 
 
-def joints_of_layers(model: StitchablePreTrainedModel) -> dict[str, list[Joint]]:
+def places_of_layers(model: StitchablePreTrainedModel) -> dict[str, list[Place]]:
     """For each stitching layer, the places where some stitch uses it, each once."""
-    joints: dict[str, dict[Joint, None]] = {}
+    places: dict[str, dict[Place, None]] = {}
     for stitch in model.stitches:
-        for name, front, back in zip(stitch.layers, stitch.route, stitch.route[1:], strict=False):
-            joint = Joint((front.anchor, front.stop), (back.anchor, back.start))
-            joints.setdefault(name, {})[joint] = None
-    return {name: list(places) for name, places in joints.items()}
+        for name, front, back in stitch.joints:
+            place = Place((front.anchor, front.stop), (back.anchor, back.start))
+            places.setdefault(name, {})[place] = None
+    return {name: list(unique) for name, unique in places.items()}
 
 
 @dataclass
@@ -149,10 +150,10 @@ class Accumulator:
     What several layers share (1^T A and A^T A of a cut) is kept once per cut; A^T B is kept per layer.
     """
 
-    def __init__(self, joints: Mapping[str, Sequence[Joint]]) -> None:
-        """`joints` are the places of each layer, as `joints_of_layers` returns them."""
-        self.joints = joints
-        self.sources = {joint.source for places in joints.values() for joint in places}
+    def __init__(self, places: Mapping[str, Sequence[Place]]) -> None:
+        """`places` are the places of each layer, as `places_of_layers` returns them."""
+        self.places = places
+        self.sources = {place.source for shared in places.values() for place in shared}
         self.counts: Counter[Key] = Counter()
         self.totals: dict[Key, torch.Tensor] = {}
         self.squares: dict[Key, torch.Tensor] = {}
@@ -168,37 +169,37 @@ class Accumulator:
             _add(self.squares, key, x.square().sum())
             if key in self.sources:
                 _add(self.grams, key, x.T @ x)
-        for name, places in self.joints.items():
+        for name, shared in self.places.items():
             # A layer's A^T B is a sum over its positions: those with one source need one product, not one each.
-            for source in dict.fromkeys(joint.source for joint in places):
-                first, *others = [rows[joint.target] for joint in places if joint.source == source]
+            for source in dict.fromkeys(place.source for place in shared):
+                first, *others = [rows[place.target] for place in shared if place.source == source]
                 _add(self.crosses, name, rows[source].T @ sum(others, first))
 
     def statistics(self, name: str) -> LeastSquares:
         """The statistics of one stitching layer, over all its positions."""
-        places = self.joints[name]
+        shared = self.places[name]
         return LeastSquares(
-            count=sum(self.counts[joint.source] for joint in places),
-            sum_a=torch.stack([self.totals[joint.source] for joint in places]).sum(0),
-            sum_b=torch.stack([self.totals[joint.target] for joint in places]).sum(0),
-            gram=torch.stack([self.grams[joint.source] for joint in places]).sum(0),
+            count=sum(self.counts[place.source] for place in shared),
+            sum_a=torch.stack([self.totals[place.source] for place in shared]).sum(0),
+            sum_b=torch.stack([self.totals[place.target] for place in shared]).sum(0),
+            gram=torch.stack([self.grams[place.source] for place in shared]).sum(0),
             cross=self.crosses[name],
-            square_b=torch.stack([self.squares[joint.target] for joint in places]).sum(0),
+            square_b=torch.stack([self.squares[place.target] for place in shared]).sum(0),
         )
 
 
 def anchor_features(
-    model: StitchablePreTrainedModel, pixel_values: torch.Tensor, joints: Mapping[str, Sequence[Joint]]
+    model: StitchablePreTrainedModel, pixel_values: torch.Tensor, places: Mapping[str, Sequence[Place]]
 ) -> dict[Key, torch.Tensor]:
     """The features (rows, channels) of every cut that a stitching layer reads or writes, each anchor run once.
 
     Raises:
         ValueError: non-finite activations (names the anchor and the cut).
     """
-    wanted = {key for places in joints.values() for joint in places for key in (joint.source, joint.target)}
+    wanted = {key for shared in places.values() for place in shared for key in (place.source, place.target)}
     pixel_values = pixel_values.to(model.device, model.dtype)
     features = {}
-    for anchor, chain in enumerate(model.chains):
+    for anchor, chain in model.chains.items():
         cuts = [cut for owner, cut in wanted if owner == anchor]
         x = pixel_values
         for cut in range(max(cuts, default=-1) + 1):
@@ -208,6 +209,17 @@ def anchor_features(
                     raise ValueError(f"the activations of anchor {anchor} at cut {cut} are not finite")
                 features[anchor, cut] = to_channels_last(x, chain.layout).flatten(0, -2)
     return features
+
+
+def _check_complete(model: StitchablePreTrainedModel, places: Mapping[str, Sequence[Place]]) -> None:
+    for shared in places.values():
+        for anchor, cut in (key for place in shared for key in (place.source, place.target)):
+            missing = {"stem", *range(cut)} - model.parts_of_anchor(anchor)
+            if missing:
+                raise ValueError(
+                    f"least squares runs anchor {anchor} up to cut {cut}, but this model does not hold its "
+                    f"{sorted(missing, key=str)}; fit the whole model before extracting a stitch"
+                )
 
 
 def _add(sums: dict[Any, torch.Tensor], key: Any, value: torch.Tensor) -> None:
@@ -225,4 +237,3 @@ def _first_images(batches: Iterable[Any], num_samples: int) -> Iterable[torch.Te
         if seen == num_samples:
             return
     raise ValueError(f"least squares was asked to fit {num_samples} images, but the batches hold only {seen}")
-

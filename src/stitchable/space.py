@@ -10,7 +10,7 @@ order, then the chains through more than two anchors.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal
 
 from stitchable.model.routes import AnchorShape, Segment, Stitch, layer_name
@@ -58,8 +58,7 @@ def enumerate_stitches(
         ValueError: fewer than two anchors, an argument out of range, different numbers of stages, or an empty space.
     """
     stages = _check_arguments(anchors, kernel_size, stride, stages, direction, pairs)
-    if pairs is None:
-        pairs = "all" if len(anchors[0].stages) == 1 else "forward"
+    pairs = pairs or default_pairs(anchors)
 
     positions: list[Position] = []
     for stage in stages:
@@ -77,9 +76,21 @@ def enumerate_stitches(
     chains = [[position] for position in positions]
     if not nearest:
         chains += _longer_chains(positions, len(anchors), direction)
-    routes = [((Segment(anchor, 0, depth),), ()) for anchor, depth in enumerate(depths)]
-    routes += [_route(chain, depths) for chain in chains]
-    return [Stitch(id=i, route=route, layers=layers) for i, (route, layers) in enumerate(routes)]
+    stitches = [Stitch(id=anchor, route=(Segment(anchor, 0, depth),)) for anchor, depth in enumerate(depths)]
+    for chain in chains:
+        route, layers = _route(chain, depths)
+        stitches.append(Stitch(id=len(stitches), route=route, layers=layers))
+    return stitches
+
+
+def default_stages(anchors: Sequence[AnchorShape]) -> Sequence[int]:
+    """All stages but the last of a hierarchical model (section 4.1 of the paper), the only one of a plain model."""
+    return range(max(1, len(anchors[0].stages) - 1))
+
+
+def default_pairs(anchors: Sequence[AnchorShape]) -> Pairs:
+    """What the authors chose: "all" for plain models, "forward" for hierarchical ones."""
+    return "all" if len(anchors[0].stages) == 1 else "forward"
 
 
 def _check_arguments(
@@ -106,7 +117,7 @@ def _check_arguments(
             "(for other families write the routes of the config by hand)"
         )
     if stages is None:
-        return range(max(1, num_stages[0] - 1))
+        return default_stages(anchors)
     if len(set(stages)) != len(stages) or any(type(s) is not int or not 0 <= s < num_stages[0] for s in stages):
         raise ValueError(f"stages must be distinct numbers out of 0..{num_stages[0] - 1}, got {list(stages)}")
     return sorted(stages)
@@ -190,7 +201,7 @@ def _longer_chains(positions: Sequence[Position], num_anchors: int, direction: s
     chains: list[list[Position]] = []
     for subset in [*fast_to_slow, *slow_to_fast]:
         partial: list[list[Position]] = [[]]
-        for pair in zip(subset, subset[1:], strict=False):
+        for pair in pairwise(subset):
             partial = [
                 [*chain, position]
                 for chain in partial

@@ -1,1 +1,1 @@
-"""The code that travels to the Hub with every checkpoint; its files import only each other, torch, timm and transformers."""
+"""What travels to the Hub with every checkpoint: files that import only each other, torch, timm and transformers."""

@@ -6,13 +6,12 @@ parameter names and their arithmetic stay timm's. A `Chain` is that description 
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import timm
 import torch
-from torch import nn
 from timm.models.convnext import ConvNeXt
 from timm.models.efficientnet import EfficientNet
 from timm.models.levit import Levit
@@ -21,6 +20,7 @@ from timm.models.regnet import RegNet
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 
 class Layout(str, Enum):
@@ -31,7 +31,10 @@ class Layout(str, Enum):
     NLC = "NLC"  # prefix tokens first, then the grid row by row
 
 
-Operation = str | Callable[[nn.Module, torch.Tensor], torch.Tensor]
+TimmModel = Any
+"""An `nn.Module` with timm's `forward_features` and `forward_head`, which timm gives no type of its own."""
+
+Operation = str | Callable[[TimmModel, torch.Tensor], torch.Tensor]
 """A step of a stem or neck: the name of a submodule or method, or a function of the model and its features."""
 
 
@@ -56,18 +59,18 @@ class Adapter:
     stem_modules: tuple[str, ...] = ()
 
 
-def _tokens_of_grid(model: nn.Module, x_NCHW: torch.Tensor) -> torch.Tensor:
+def _tokens_of_grid(model: TimmModel, x_NCHW: torch.Tensor) -> torch.Tensor:
     return x_NCHW.flatten(2).transpose(1, 2)
 
 
-def _levit(model: nn.Module) -> Adapter:
+def _levit(model: TimmModel) -> Adapter:
     if model.use_conv:
         return Adapter(Layout.NCHW, stem=("stem",), stages=("stages.*",))
     return Adapter(Layout.NLC, stem=("stem", _tokens_of_grid), stages=("stages.*",))
 
 
 # Class of the timm model -> its adapter, or a function that picks one for a model.
-_ADAPTERS: dict[type[nn.Module], Adapter | Callable[[nn.Module], Adapter]] = {
+_ADAPTERS: dict[type[nn.Module], Adapter | Callable[[TimmModel], Adapter]] = {
     VisionTransformer: Adapter(  # ViT, DeiT (also distilled), and others with prefix tokens
         Layout.NLC,
         stem=("patch_embed", "_pos_embed", "patch_drop", "norm_pre"),
@@ -87,7 +90,7 @@ _ADAPTERS: dict[type[nn.Module], Adapter | Callable[[nn.Module], Adapter]] = {
 }
 
 
-def register_anchor(model_class: type[nn.Module], adapter: Adapter | Callable[[nn.Module], Adapter]) -> None:
+def register_anchor(model_class: type[nn.Module], adapter: Adapter | Callable[[TimmModel], Adapter]) -> None:
     """Make the timm models of a class stitchable.
 
     Args:
@@ -103,27 +106,28 @@ def supported_classes() -> list[str]:
     return sorted(model_class.__name__ for model_class in _ADAPTERS)
 
 
-def find_adapter(model: nn.Module) -> Adapter:
+def find_adapter(model: TimmModel) -> Adapter:
     """The adapter for the class of a timm model.
 
     Raises:
         ValueError: no adapter serves its class.
     """
-    for base in type(model).__mro__:
+    for base in type(model).__mro__[:-1]:
         # A subclass with a forward of its own may compose its parts in another way.
-        if base in _ADAPTERS and type(model).forward_features is base.forward_features:
-            adapter = _ADAPTERS[base]
+        adapter = _ADAPTERS.get(base)
+        if adapter and type(model).forward_features is getattr(base, "forward_features", None):
             return adapter if isinstance(adapter, Adapter) else adapter(model)
     raise ValueError(
-        f"models of class {type(model).__name__} cannot be stitched yet; supported are {', '.join(supported_classes())}. "
+        f"models of class {type(model).__name__} cannot be stitched yet; supported are "
+        f"{', '.join(supported_classes())}. "
         "Describe its parts in an Adapter and pass both to stitchable.register_anchor(model_class, adapter)"
     )
 
 
 def create_timm_model(
-    architecture: str, kwargs: Mapping[str, Any] | None = None, *, num_classes: int, pretrained: bool = False
-) -> nn.Module:
-    """`timm.create_model` with an error that helps.
+    architecture: str, kwargs: Mapping[str, Any] | None = None, *, num_classes: int | None, pretrained: bool = False
+) -> TimmModel:
+    """`timm.create_model` with an error that helps; `num_classes=None` means the architecture's own.
 
     Raises:
         ValueError: timm does not know the architecture (the nearest names are suggested).
@@ -159,10 +163,10 @@ class Chain:
     stem: tuple[Operation, ...]
     blocks: tuple[tuple[str, ...], ...]
     neck: tuple[Operation, ...]
-    stem_modules: frozenset[str] = field(default=frozenset())
+    stem_modules: frozenset[Operation]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Chain":
+    def of(cls, model: TimmModel) -> "Chain":
         """Describe a timm model.
 
         Raises:
@@ -178,9 +182,7 @@ class Chain:
             stem=adapter.stem,
             blocks=tuple(block for stage in stages for block in stage),
             neck=adapter.neck,
-            stem_modules=frozenset(
-                name for name in (*adapter.stem, *adapter.stem_modules) if name in dict(model.named_children())
-            ),
+            stem_modules=frozenset(dict(model.named_children())) & {*adapter.stem, *adapter.stem_modules},
         )
 
     @property
@@ -188,17 +190,17 @@ class Chain:
         """Number of blocks."""
         return len(self.blocks)
 
-    def run_stem(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    def run_stem(self, model: TimmModel, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixel values (N, C, H, W) to the features of cut 0."""
         return _apply(model, self.stem, pixel_values)
 
-    def run_block(self, model: nn.Module, index: int, features: torch.Tensor) -> torch.Tensor:
+    def run_block(self, model: TimmModel, index: int, features: torch.Tensor) -> torch.Tensor:
         """Features of cut `index` to those of cut `index + 1`."""
         for name in self.blocks[index]:
             features = model.get_submodule(name)(features)
         return features
 
-    def run_neck(self, model: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    def run_neck(self, model: TimmModel, features: torch.Tensor) -> torch.Tensor:
         """Features of cut L to what timm's `forward_features` returns."""
         return _apply(model, self.neck, features)
 
@@ -210,7 +212,7 @@ class Chain:
         # What a model owns directly (class token, position embedding) enters in the stem.
         return "stem" if "." not in name or name.split(".")[0] in self.stem_modules else "head"
 
-    def keep_only(self, model: nn.Module, parts: Collection[str | int]) -> None:
+    def keep_only(self, model: TimmModel, parts: Collection[str | int]) -> None:
         """Drop what the parts ("stem", "head", numbers of blocks) do not need; the names of the rest stay."""
         if "stem" not in parts:
             for name, _ in [*model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]:
@@ -226,20 +228,20 @@ class Chain:
                 setattr(module, name, nn.Identity())
 
 
-def _apply(model: nn.Module, operations: Iterable[Operation], features: torch.Tensor) -> torch.Tensor:
+def _apply(model: TimmModel, operations: Iterable[Operation], features: torch.Tensor) -> torch.Tensor:
     for operation in operations:
         features = getattr(model, operation)(features) if isinstance(operation, str) else operation(model, features)
     return features
 
 
-def _expand(model: nn.Module, pattern: str) -> list[str]:
+def _expand(model: TimmModel, pattern: str) -> list[str]:
     if not pattern.endswith(".*"):
         return [pattern]
     container = pattern.removesuffix(".*")
     return [f"{container}.{name}" for name, _ in model.get_submodule(container).named_children()]
 
 
-def _blocks_of_stage(model: nn.Module, stage: str) -> list[tuple[str, ...]]:
+def _blocks_of_stage(model: TimmModel, stage: str) -> list[tuple[str, ...]]:
     children = [name for name, _ in model.get_submodule(stage).named_children()]
     if "blocks" not in children:
         return [(f"{stage}.{name}",) for name in children]

@@ -25,11 +25,11 @@ class StitchableConfig(PreTrainedConfig):
     model that no stitch uses are not built: a config with one stitch describes that stitch's network alone.
 
     Args:
-        anchors: one entry per anchor, smallest first: `architecture` (a timm name), `kwargs` (for `timm.create_model`),
-            `pretrained` (which weights it started from, or None), `depth` in blocks, `stages` (blocks per stage), `cuts`
-            ([channels, height, width] at cut 0..depth), `layout` and `prefix_tokens`.
-        stitches: one entry per stitch: `id`, `route` ([anchor, start, stop] per segment), `layers` (the stitching layers
-            between the segments), `flops` (multiply-adds plus normalisation terms per image), `params`, and once
+        anchors: one entry per anchor, smallest first: `architecture` (a timm name), `kwargs` (for
+            `timm.create_model`), `pretrained` (which weights it started from, or None), `depth` in blocks, `stages`
+            (blocks per stage), `cuts` ([channels, height, width] at cut 0..depth), `layout` and `prefix_tokens`.
+        stitches: one entry per stitch: `id`, `route` ([anchor, start, stop] per segment), `layers` (the stitching
+            layers between the segments), `flops` (multiply-adds plus normalisation terms per image), `params`, and once
             measured `latency_ms` and `metrics`.
         space: the settings that enumerated the stitches; provenance only.
         stitch_id: the stitch that runs when a call names none.
@@ -87,8 +87,8 @@ class StitchableConfig(PreTrainedConfig):
         find_stitch(stitches, self.stitch_id)
         if _numbers(self.stitchable_version) > _numbers(STITCHABLE_VERSION):
             warnings.warn(
-                f"this checkpoint was written by stitchable {self.stitchable_version}, newer than the code that reads it "
-                f"({STITCHABLE_VERSION}); update with `pip install --upgrade stitchable`",
+                f"this checkpoint was written by stitchable {self.stitchable_version}, newer than the code that reads "
+                f"it ({STITCHABLE_VERSION}); update with `pip install --upgrade stitchable`",
                 stacklevel=2,
             )
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import logging
 
-from .anchors import Chain, Layout, create_timm_model
+from .anchors import Chain, Layout, TimmModel, create_timm_model
 from .configuration_stitchable import StitchableConfig
 from .routes import AnchorShape, Segment, Stitch, best_within, find_stitch
 from .stitching import StitchingLayer
@@ -38,11 +38,11 @@ class StitchablePreTrainedModel(PreTrainedModel):
     "FRONT-BACK.INDEX" below `stitching_layers`. Parts that no stitch of the config uses are not built.
     """
 
+    config: StitchableConfig
     config_class = StitchableConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # transformers' own image models say so too
     supports_gradient_checkpointing = True
-    gradient_checkpointing = False
     accepts_loss_kwargs = False
     _supports_sdpa = True  # timm's attention calls scaled_dot_product_attention itself
 
@@ -50,15 +50,18 @@ class StitchablePreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if not config.anchors:
             raise ValueError("this config has no anchors; make one with StitchableConfig.from_anchors([...])")
-        find_stitch(self.stitches, config.stitch_id)  # from_pretrained(..., stitch_id=...) sets it after the config's check
+        find_stitch(
+            self.stitches, config.stitch_id
+        )  # from_pretrained(..., stitch_id=...) sets it after the config's check
         self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
-        self.chains: list[Chain | None] = []
+        self.gradient_checkpointing = False
+        self.chains: dict[int, Chain] = {}  # of the anchors that some stitch uses
         self.anchors = nn.ModuleList(self._build_anchor(index) for index in range(len(config.anchors)))
         self.stitching_layers = self._build_stitching_layers()
         if self.device.type != "meta":
             # timm has initialised its layers in its own way; transformers would do it over in post_init.
             for module in self.modules():
-                module._is_hf_initialized = module is not self
+                setattr(module, "_is_hf_initialized", module is not self)  # noqa: B010
         self.post_init()
         if config.num_labels_of_costs not in (None, config.num_labels):
             logger.warning_once(
@@ -147,14 +150,16 @@ class StitchablePreTrainedModel(PreTrainedModel):
         """Run one step on the features (the pixel values, for a stem) that the step before it returned."""
         if step.kind == "layer":
             return self.get_stitching_layer(step.layer)(features)
-        anchor, chain = self.anchors[step.anchor], self.chains[step.anchor]
+        anchor: TimmModel = self.anchors[step.anchor]
+        chain = self.chains[step.anchor]
         if step.kind == "block":
             return chain.run_block(anchor, step.block, features)
         return chain.run_stem(anchor, features) if step.kind == "stem" else chain.run_neck(anchor, features)
 
     def run_head(self, anchor: int, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features after the neck to logits (N, num_labels), or to the pooled features before the classifier."""
-        return self.anchors[anchor].forward_head(features, pre_logits=pre_logits)
+        model: TimmModel = self.anchors[anchor]
+        return model.forward_head(features, pre_logits=pre_logits)
 
     def run_features(self, pixel_values: torch.Tensor, stitch_id: int | None = None) -> tuple[torch.Tensor, int]:
         """Run a stitch up to its head; returns the features and the anchor whose head follows."""
@@ -162,7 +167,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
         features = pixel_values.to(self.device, self.dtype)
         for step in steps:
             if self.gradient_checkpointing and self.training and step.kind == "block":
-                features = self._gradient_checkpointing_func(self.run_step, step, features)
+                # Set by transformers with the flag.
+                checkpoint: Any = self._gradient_checkpointing_func
+                features = checkpoint(self.run_step, step, features)
             else:
                 features = self.run_step(step, features)
         return features, steps[-1].anchor
@@ -174,7 +181,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def get_stitching_layer(self, name: str) -> StitchingLayer:
         """The stitching layer named "FRONT-BACK.INDEX"."""
         pair, index = name.split(".")
-        return self.stitching_layers[pair][index]
+        layers: Any = self.stitching_layers[pair]
+        return layers[index]
 
     # ---------------------------------------------------------------- taking a stitch out
 
@@ -188,20 +196,18 @@ class StitchablePreTrainedModel(PreTrainedModel):
             ValueError: not an id of this model.
         """
         stitch = self._find(stitch_id)
-        config = copy.deepcopy(self.config)
+        config: StitchableConfig = copy.deepcopy(self.config)
         config.stitches = [entry for entry in config.stitches if entry["id"] == stitch.id]
         config.stitch_id = stitch.id
         with torch.device("meta"):
             extracted = type(self)(config)
         for name, module in extracted.named_modules():
             source = self.get_submodule(name)
-            for key in module._parameters:
-                if module._parameters[key] is not None:
-                    parameter = source._parameters[key]
-                    module._parameters[key] = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
-            for key in module._buffers:
-                if module._buffers[key] is not None:
-                    module._buffers[key] = source._buffers[key].clone()
+            for key, _ in list(module.named_parameters(recurse=False)):
+                parameter = source.get_parameter(key)
+                setattr(module, key, nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad))
+            for key, _ in list(module.named_buffers(recurse=False)):
+                setattr(module, key, source.get_buffer(key).clone())
         return extracted.train(self.training)
 
     # ---------------------------------------------------------------- building
@@ -229,9 +235,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return model
 
     def _build_anchor(self, index: int) -> nn.Module:
-        parts = self._parts_used(index)
+        parts = self.parts_of_anchor(index)
         if not parts:
-            self.chains.append(None)
             return nn.Identity()
         entry, shape = self.config.anchors[index], self._shapes[index]
         model = create_timm_model(
@@ -246,10 +251,11 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 f"the timm model has {actual}"
             )
         chain.keep_only(model, parts)
-        self.chains.append(chain)
+        self.chains[index] = chain
         return model
 
-    def _parts_used(self, index: int) -> set[str | int]:
+    def parts_of_anchor(self, index: int) -> set[str | int]:
+        """What this model holds of an anchor because some stitch uses it: "stem", "head", numbers of blocks."""
         parts: set[str | int] = set()
         for stitch in self.stitches:
             for position, segment in enumerate(stitch.route):
@@ -262,22 +268,20 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def _build_stitching_layers(self) -> nn.ModuleDict:
         layers: dict[str, StitchingLayer] = {}
         for stitch in self.stitches:
-            for name, front, back in zip(stitch.layers, stitch.route, stitch.route[1:], strict=False):
+            for name, front, back in stitch.joints:
                 arguments = self._arguments_of_layer(stitch, front, back)
                 if name not in layers:
                     layers[name] = StitchingLayer(*arguments)
                 elif (layers[name].in_features, layers[name].out_features) != arguments[:2]:
                     raise ValueError(
-                        f"stitch {stitch.id}: stitching layer {name} maps {layers[name].in_features} to "
-                        f"{layers[name].out_features} channels elsewhere, here it would map {arguments[0]} to {arguments[1]}"
+                        f"stitch {stitch.id}: stitching layer {name} would map {arguments[0]} to {arguments[1]} "
+                        f"channels, elsewhere it maps {layers[name].in_features} to {layers[name].out_features}"
                     )
-        tree = nn.ModuleDict()
+        pairs: dict[str, dict[str, nn.Module]] = {}
         for name, layer in layers.items():
             pair, index = name.split(".")
-            if pair not in tree:
-                tree[pair] = nn.ModuleDict()
-            tree[pair][index] = layer
-        return tree
+            pairs.setdefault(pair, {})[index] = layer
+        return nn.ModuleDict({pair: nn.ModuleDict(members) for pair, members in pairs.items()})
 
     def _arguments_of_layer(
         self, stitch: Stitch, front: Segment, back: Segment
@@ -287,13 +291,16 @@ class StitchablePreTrainedModel(PreTrainedModel):
         same_grid = (source.height, source.width) == (target.height, target.width)
         if not same_grid or source_shape.prefix_tokens != target_shape.prefix_tokens:
             raise ValueError(
-                f"stitch {stitch.id}: cut {front.stop} of anchor {front.anchor} has a grid of "
-                f"{source.height}x{source.width} and {source_shape.prefix_tokens} prefix tokens, cut {back.start} of anchor "
-                f"{back.anchor} {target.height}x{target.width} and {target_shape.prefix_tokens}; a stitching layer needs "
-                "equal ones"
+                f"stitch {stitch.id}: a stitching layer needs equal grids and prefix tokens, but cut {front.stop} of "
+                f"anchor {front.anchor} has {source.height}x{source.width} and {source_shape.prefix_tokens}, cut "
+                f"{back.start} of anchor {back.anchor} has {target.height}x{target.width} and "
+                f"{target_shape.prefix_tokens}"
             )
         layouts = Layout(source_shape.layout), Layout(target_shape.layout)
         return source.channels, target.channels, *layouts, (source.height, source.width)
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return bool(self.config.return_dict if return_dict is None else return_dict)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -302,8 +309,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         else:
             super()._init_weights(module)
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        restore: Any = getattr(module, "init_non_persistent_buffers", None)
+        if restore is not None:
+            restore()
 
 
 class StitchableModel(StitchablePreTrainedModel):
@@ -331,7 +339,7 @@ class StitchableModel(StitchablePreTrainedModel):
         features, anchor = self.run_features(pixel_values, stitch_id)
         pooled = self.run_head(anchor, features, pre_logits=True)
         output = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=pooled)
-        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
 
 class StitchableForImageClassification(StitchablePreTrainedModel):
@@ -362,7 +370,7 @@ class StitchableForImageClassification(StitchablePreTrainedModel):
         logits = self.run_head(anchor, features)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = ImageClassifierOutput(loss=loss, logits=logits)
-        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
 
 def _plan(stitch: Stitch) -> tuple[Step, ...]:
@@ -371,7 +379,3 @@ def _plan(stitch: Stitch) -> tuple[Step, ...]:
         steps += [Step("block", segment.anchor, block) for block in range(segment.start, segment.stop)]
         steps += [Step("layer", layer=layer)] if layer else []
     return (*steps, Step("neck", stitch.route[-1].anchor))
-
-
-def _wants_dict(return_dict: bool | None, config: StitchableConfig) -> bool:
-    return config.return_dict if return_dict is None else return_dict

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 _LAYER_NAME = re.compile(r"(\d+)-(\d+)\.(\d+)")
@@ -23,6 +24,14 @@ class Segment(NamedTuple):
     anchor: int
     start: int
     stop: int
+
+
+class Joint(NamedTuple):
+    """A stitching layer between two segments: from cut `front.stop` of one anchor to cut `back.start` of another."""
+
+    layer: str
+    front: Segment
+    back: Segment
 
 
 class Cut(NamedTuple):
@@ -83,7 +92,8 @@ class AnchorShape:
         if shape.depth != anchor["depth"] or len(shape.cuts) != shape.depth + 1:
             raise ValueError(
                 f"anchor {anchor.get('architecture')!r} of the config has depth {anchor['depth']}, stages "
-                f"{list(shape.stages)} and {len(shape.cuts)} cuts; depth must be the sum of the stages and the cuts one more"
+                f"{list(shape.stages)} and {len(shape.cuts)} cuts; depth must be the sum of the stages, and the cuts "
+                "one more"
             )
         return shape
 
@@ -114,6 +124,11 @@ class Stitch:
     def is_anchor(self) -> bool:
         """Whether the route stays in one anchor."""
         return len(self.route) == 1
+
+    @property
+    def joints(self) -> list[Joint]:
+        """Each stitching layer with the segments it joins, front to back."""
+        return [Joint(*joint) for joint in zip(self.layers, self.route, self.route[1:], strict=False)]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only, the form it has in `config.json`; what is not known yet is left out."""
@@ -182,18 +197,20 @@ def _problem_of_route(stitch: Stitch, depths: Sequence[int]) -> str | None:
             return f"anchor {segment.anchor} is out of range, there are {len(depths)} anchors (0..{len(depths) - 1})"
         depth = depths[segment.anchor]
         if not 0 <= segment.start < segment.stop <= depth:
-            return f"segment {list(segment)} is empty or out of range, anchor {segment.anchor} has blocks 0..{depth - 1}"
+            return (
+                f"segment {list(segment)} is empty or out of range, anchor {segment.anchor} has blocks 0..{depth - 1}"
+            )
     if route[0].start != 0:
         return f"gap: the first segment must start at 0, not at {route[0].start}"
     if route[-1].stop != depths[route[-1].anchor]:
         return f"gap: the last segment must stop at {depths[route[-1].anchor]}, not at {route[-1].stop}"
-    for front, back in zip(route, route[1:], strict=False):
+    for front, back in pairwise(route):
         if front.anchor == back.anchor:
             kind = "gap" if back.start > front.stop else "overlap" if back.start < front.stop else "needless cut"
             return f"{kind} between {list(front)} and {list(back)}: segments of one anchor must be one segment"
     if len(stitch.layers) != len(route) - 1:
         return f"{len(route)} segments need {len(route) - 1} stitching layers, it names {list(stitch.layers)}"
-    for name, front, back in zip(stitch.layers, route, route[1:], strict=False):
+    for name, front, back in stitch.joints:
         match = _LAYER_NAME.fullmatch(name)
         if match is None or (int(match[1]), int(match[2])) != (front.anchor, back.anchor):
             return (
@@ -203,7 +220,7 @@ def _problem_of_route(stitch: Stitch, depths: Sequence[int]) -> str | None:
     return None
 
 
-def find_stitch(stitches: Sequence[Stitch], stitch_id: int) -> Stitch:
+def find_stitch(stitches: Sequence[Stitch], stitch_id: int | None) -> Stitch:
     """The stitch with this id.
 
     Raises:
@@ -242,8 +259,8 @@ def best_within(
         ValueError: no bound, a bound that is no positive number, a bound on something no stitch carries, a metric no
             stitch has although others were measured, or no stitch within the bounds (names the cheapest).
     """
-    bounds = {"flops": flops, "params": params, "latency_ms": latency_ms}
-    bounds = {name: _check_bound(bound, name) for name, bound in bounds.items() if bound is not None}
+    given = {"flops": flops, "params": params, "latency_ms": latency_ms}
+    bounds = {name: _check_bound(bound, name) for name, bound in given.items() if bound is not None}
     if not bounds:
         raise ValueError("a budget needs at least one of flops, params and latency_ms")
     for name in bounds:

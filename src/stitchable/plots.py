@@ -1,0 +1,66 @@
+"""Figures of a stitch table. Needs matplotlib, from `pip install "stitchable[training]"`."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from stitchable.model.routes import Stitch, pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_stitches(stitches: Sequence[Stitch], anchor_names: Sequence[str], metric: str = "accuracy") -> "Figure":
+    """The accuracy-FLOPs curve of figure 6 of the paper: one dot per stitch, coloured by its anchors, anchors starred.
+
+    Args:
+        stitches: measured stitches; those without the metric are left out.
+        anchor_names: a short name per anchor, smallest first.
+        metric: what to draw, a figure in 0..1.
+
+    Raises:
+        ValueError: no stitch was measured.
+    """
+    # A figure of its own, without pyplot: no global state, no window, any thread.
+    from matplotlib.figure import Figure
+
+    measured = [stitch for stitch in stitches if metric in stitch.metrics and stitch.flops]
+    if not measured:
+        raise ValueError(f"no stitch has a measured {metric}; run stitchable.evaluate(model, batches) first")
+    unit, divisor = flops_unit(max(stitch.flops or 0 for stitch in measured))
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    groups: dict[str, list[Stitch]] = {}
+    for stitch in measured:
+        groups.setdefault("-".join(anchor_names[segment.anchor] for segment in stitch.route), []).append(stitch)
+    for name, members in groups.items():
+        is_anchor = members[0].is_anchor
+        axes.scatter(
+            [(stitch.flops or 0) / divisor for stitch in members],
+            [100 * stitch.metrics[metric] for stitch in members],
+            marker="*" if is_anchor else "o",
+            s=220 if is_anchor else 28,
+            edgecolors="black" if is_anchor else "none",
+            linewidths=0.8,
+            zorder=3 if is_anchor else 2,
+            label=f"{name} (anchor)" if is_anchor else name,
+        )
+    front = pareto_front(measured, metric)
+    axes.step(
+        [(stitch.flops or 0) / divisor for stitch in front],
+        [100 * stitch.metrics[metric] for stitch in front],
+        where="post",
+        color="grey",
+        linewidth=1,
+        zorder=1,
+        label="Pareto front",
+    )
+    axes.set_xlabel(f"{unit} per image (one multiply-add = 1)")
+    axes.set_ylabel(f"{metric} (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def flops_unit(largest: float) -> tuple[str, float]:
+    """A unit that suits FLOPs up to `largest`, and what to divide by."""
+    return ("GFLOPs", 1e9) if largest >= 1e9 else ("MFLOPs", 1e6) if largest >= 1e6 else ("kFLOPs", 1e3)

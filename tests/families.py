@@ -1,0 +1,104 @@
+"""Tiny families of every supported kind, with random weights in every parameter and buffer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from stitchable import StitchableForImageClassification
+
+NUM_LABELS = 5
+
+
+@dataclass(frozen=True)
+class Family:
+    """Two anchors of one architecture family: timm names, with kwargs, and the image size they are tested at."""
+
+    small: tuple[str, dict[str, Any]]
+    large: tuple[str, dict[str, Any]]
+    image_size: int = 32
+    space: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def anchors(self) -> list[dict[str, Any]]:
+        return [{"architecture": name, "kwargs": kwargs} for name, kwargs in (self.small, self.large)]
+
+
+def _vit(name: str = "vit_tiny_patch16_224", depth: int = 3, **kwargs: Any) -> Family:
+    def sized(width: int) -> tuple[str, dict[str, Any]]:
+        return name, {"img_size": 32, "patch_size": 8, "depth": depth, "embed_dim": width, "num_heads": 2, **kwargs}
+
+    return Family(sized(8), sized(12))
+
+
+def _swin(depths: list[int], width: int, patch_size: int = 2, image_size: int = 32) -> tuple[str, dict[str, Any]]:
+    kwargs = {"img_size": image_size, "patch_size": patch_size, "window_size": 4, "num_heads": [1, 2, 4, 4]}
+    return "swin_tiny_patch4_window7_224", {**kwargs, "depths": depths, "embed_dim": width}
+
+
+def _levit(name: str, width: int) -> tuple[str, dict[str, Any]]:
+    kwargs = {"img_size": 64, "num_heads": [2, 2, 3], "depth": [2, 2, 1], "key_dim": 4}
+    return name, {**kwargs, "embed_dim": [width, 2 * width, 3 * width]}
+
+
+def _convnext(depths: list[int], width: int) -> tuple[str, dict[str, Any]]:
+    return "convnext_atto", {"depths": depths, "dims": [width, 2 * width, 2 * width, 3 * width]}
+
+
+RESNET18 = ("resnet18", {"layers": [2, 2, 2, 1], "channels": [4, 8, 12, 16]})
+RESNET50 = ("resnet50", {"layers": [2, 4, 3, 1], "channels": [4, 8, 12, 16]})
+
+FAMILIES = {
+    "vit": _vit(),
+    "vit-registers": _vit(reg_tokens=2),
+    "vit-no-class-token": _vit(class_token=False, global_pool="avg"),
+    "deit-distilled": _vit("deit_tiny_distilled_patch16_224"),
+    "swin": Family(_swin([2, 2, 2], 8), _swin([2, 6, 2], 12)),
+    "resnet": Family(RESNET18, RESNET50, space={"stages": [0, 1, 2]}),
+    "levit": Family(_levit("levit_128s", 8), _levit("levit_128s", 12), image_size=64),
+    "levit-conv": Family(_levit("levit_conv_128s", 8), _levit("levit_conv_128s", 12), image_size=64),
+    "convnext": Family(_convnext([2, 2, 4, 1], 8), _convnext([2, 3, 2, 1], 12), image_size=64),
+    "regnet": Family(("regnetx_002", {}), ("regnety_004", {})),
+    "efficientnet": Family(("mnasnet_small", {}), ("efficientnet_lite0", {}), image_size=64, space={"pairs": "all"}),
+    "mobilenetv3": Family(("mobilenetv3_small_050", {}), ("mobilenetv3_small_075", {}), image_size=64),
+    "resnet-swin": Family(
+        ("resnet18", {"layers": [1, 2, 2, 1], "channels": [4, 8, 12, 16]}),
+        _swin([1, 2, 4, 1], 12, patch_size=4, image_size=64),
+        image_size=64,
+        space={"stages": [1, 2]},
+    ),
+}
+
+
+def make(name: str, seed: int = 0, **settings: Any) -> StitchableForImageClassification:
+    """The stitchable model of a family, everything randomised, in evaluation mode."""
+    family = FAMILIES[name]
+    settings = {"image_size": family.image_size, "num_labels": NUM_LABELS, **family.space, **settings}
+    # Families of one's own making need no agreement on the pixels' normalisation.
+    settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    model = StitchableForImageClassification.from_anchors(family.anchors, pretrained=False, **settings)
+    return randomise(model, seed).eval()
+
+
+def images(name: str, number: int = 2, seed: int = 1) -> torch.Tensor:
+    """Normalised pixel values (number, 3, H, W) for a family."""
+    size = FAMILIES[name].image_size
+    return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and floating-point statistic a random value: norms at their defaults hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim <= 1:
+                parameter.copy_(0.1 * noise + (1.0 if name == "weight" else 0.0))
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+        if getattr(module, "running_var", None) is not None:
+            module.running_mean.copy_(0.1 * torch.randn(module.running_mean.shape, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
+    return model

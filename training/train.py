@@ -92,6 +92,7 @@ def run(recipe: Recipe, output: Path) -> StitchableForImageClassification:
         save_repository(model, output, processor, card)
         try_out(output, dataset["test"])
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return model
 
 

@@ -127,6 +127,9 @@ def _entry(
         if unknown or "architecture" not in anchor:
             raise ValueError(f"an anchor is a timm name or {{'architecture', 'kwargs'}}, got {dict(anchor)}")
         name, kwargs = anchor["architecture"], dict(anchor.get("kwargs") or {})
+        reserved = {"num_classes", "pretrained"} & set(kwargs)
+        if reserved:
+            raise ValueError(f"the kwargs of an anchor cannot hold {sorted(reserved)}; give num_labels or pretrained")
     elif isinstance(anchor, nn.Module):
         raise ValueError("an anchor is given by its timm name and kwargs, so that a checkpoint can rebuild it")
     else:

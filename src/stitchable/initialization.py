@@ -5,8 +5,8 @@ grid, the rows of B those at the back anchor's; the layer becomes the minimiser 
 authors' code takes the mean of one solution per position of a window, here all positions that share a layer are solved
 together: that minimises the summed residual, which the mean of the minimisers does not.
 
-Only sums of products are kept (for each cut 1^T A and A^T A, for each layer 1^T B and A^T B), so memory does not grow
-with the samples, and each anchor runs once. They are kept in float64, because A^T A squares the condition number of A.
+Only sums of products are kept, in float64 (for each cut 1^T A and A^T A, for each layer A^T B), so memory does not grow
+with the samples, and each anchor runs once.
 """
 
 from collections import Counter
@@ -78,18 +78,19 @@ def initialize_stitches(
             accumulator.add(anchor_features(model, pixel_values, accumulator.places))
     finally:
         model.train(training)
-    residuals = {}
-    for name, layer in layers.items():
-        statistic = accumulator.statistics(name)
-        needed = layer.in_features + 1
+    statistics = {name: accumulator.statistics(name) for name in layers}
+    for name, statistic in statistics.items():
+        needed = layers[name].in_features + 1
         if statistic.count < needed:
             raise ValueError(
-                f"stitching layer {name} maps {layer.in_features} channels and needs at least {needed} rows, but "
+                f"stitching layer {name} maps {needed - 1} channels and needs at least {needed} rows, but "
                 f"{num_samples} images give {statistic.count}; pass a larger num_samples"
             )
+    residuals = {}
+    for name, statistic in statistics.items():
         weight, bias, residuals[name] = statistic.solve()
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
+        layers[name].weight.copy_(weight)
+        layers[name].bias.copy_(bias)
     return residuals
 
 
@@ -162,13 +163,14 @@ class Accumulator:
 
     def add(self, features: Mapping[Key, torch.Tensor]) -> None:
         """Add the features (rows, channels) of every cut that a layer reads or writes."""
-        rows = {key: x.double() for key, x in features.items()}
-        for key, x in rows.items():
+        rows = {key: x.to(_product_dtype(x.device)) for key, x in features.items()}
+        for key, x in features.items():
             self.counts[key] += len(x)
-            _add(self.totals, key, x.sum(0))
-            _add(self.squares, key, x.square().sum())
+            wide = x.double() if key in self.sources else x
+            _add(self.totals, key, wide.sum(0))
+            _add(self.squares, key, x.float().square().sum())
             if key in self.sources:
-                _add(self.grams, key, x.T @ x)
+                _add(self.grams, key, wide.T @ wide)
         for name, shared in self.places.items():
             # A layer's A^T B is a sum over its positions: those with one source need one product, not one each.
             for source in dict.fromkeys(place.source for place in shared):
@@ -222,8 +224,21 @@ def _check_complete(model: StitchablePreTrainedModel, places: Mapping[str, Seque
                 )
 
 
+def _product_dtype(device: torch.device) -> torch.dtype:
+    """The precision of A^T B before it is summed in float64.
+
+    A^T A must be exact, since its inverse multiplies errors by the square of the condition number of A. A^T B enters
+    once, and on a CPU float32 halves the time of the fit. An accelerator may be set to round float32 products to ten
+    bits (TF32), which is too little.
+    """
+    return torch.float32 if device.type == "cpu" else torch.float64
+
+
 def _add(sums: dict[Any, torch.Tensor], key: Any, value: torch.Tensor) -> None:
-    sums[key] = sums[key] + value if key in sums else value
+    if key in sums:
+        sums[key] += value  # in float64, whatever the dtype of the value
+    else:
+        sums[key] = value.double()
 
 
 def _first_images(batches: Iterable[Any], num_samples: int) -> Iterable[torch.Tensor]:

@@ -14,7 +14,8 @@ def image_processor(
 ) -> BitImageProcessor:
     """Resize the shortest edge, crop the centre, normalise, as timm evaluates the largest anchor.
 
-    Loaded with `backend="pil"` it gives timm's pixel values bit for bit.
+    Loaded with `backend="pil"` it gives timm's pixel values, except that where an odd number of pixels is cropped away,
+    transformers centres the crop one pixel further up and left.
 
     Args:
         config: gives image size, mean and deviation.

@@ -5,7 +5,6 @@ Stitchable Neural Networks, Pan, Cai, Zhuang, CVPR 2023 (https://arxiv.org/abs/2
 
 import copy
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +54,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         )  # from_pretrained(..., stitch_id=...) sets it after the config's check
         self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
         self.gradient_checkpointing = False
+        self._plans = {stitch.id: _plan(stitch) for stitch in self.stitches}
         self.chains: dict[int, Chain] = {}  # of the anchors that some stitch uses
         self.anchors = nn.ModuleList(self._build_anchor(index) for index in range(len(config.anchors)))
         self.stitching_layers = self._build_stitching_layers()
@@ -173,10 +173,6 @@ class StitchablePreTrainedModel(PreTrainedModel):
             else:
                 features = self.run_step(step, features)
         return features, steps[-1].anchor
-
-    @cached_property
-    def _plans(self) -> dict[int, tuple[Step, ...]]:
-        return {stitch.id: _plan(stitch) for stitch in self.stitches}
 
     def get_stitching_layer(self, name: str) -> StitchingLayer:
         """The stitching layer named "FRONT-BACK.INDEX"."""

@@ -1,0 +1,41 @@
+"""What every benchmark result carries: the figures, and how to get them again."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_report(name: str, figures: dict[str, Any]) -> Path:
+    """Write `results/NAME.json` with the figures, command, commit, versions and machine."""
+    import torch
+
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    report = {
+        "figures": figures,
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.stdout.strip(),
+        "versions": {name: version(name) for name in ("stitchable", "torch", "timm", "transformers")},
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+        },
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,155 @@
+"""Least squares: the minimum, in constant memory, of all positions together."""
+
+import pytest
+import torch
+
+from families import images, make
+from stitchable import initialize_stitches
+from stitchable.initialization import Accumulator, LeastSquares, Place, anchor_features, places_of_layers
+
+
+def rows(model, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a layer in float64, written out: all its places one below the other."""
+    places = places_of_layers(model)
+    features = anchor_features(model, x, places)
+    a = torch.cat([features[place.source] for place in places[name]]).double()
+    b = torch.cat([features[place.target] for place in places[name]]).double()
+    return a, b
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet-swin", "levit-conv"])
+def test_it_is_the_least_squares_solution_of_all_positions_together(name: str) -> None:
+    model, x = make(name), images(name, 60)
+    residuals = initialize_stitches(model, x.split(7), num_samples=60)
+    for layer_name, residual in residuals.items():
+        a, b = rows(model, x, layer_name)
+        ones = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], dim=1)
+        solution = torch.linalg.lstsq(ones, b, driver="gelsd").solution
+        layer = model.get_stitching_layer(layer_name)
+        expected = (ones @ solution - b).norm() / (b - b.mean(0)).norm()
+        ours = (a @ layer.weight.double().T + layer.bias.double() - b).norm() / (b - b.mean(0)).norm()
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        assert abs(residual - float(expected)) < 1e-4
+
+
+def test_the_split_into_batches_does_not_matter() -> None:
+    x = images("vit", 50)
+    fits = []
+    for batches in ([x], x.split(3), [{"pixel_values": x, "labels": torch.zeros(50)}], [(x, None)]):
+        model = make("vit")
+        initialize_stitches(model, batches, num_samples=50)
+        fits.append(model.get_stitching_layer("0-1.0").weight)
+    for fit in fits[1:]:
+        torch.testing.assert_close(fit, fits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_first_samples_count_and_the_mode_is_kept() -> None:
+    x = images("vit", 60)
+    one, two = make("vit"), make("vit")
+    two.train()
+    initialize_stitches(one, [x[:40]], num_samples=40)
+    initialize_stitches(two, [x[:30], x[30:]], num_samples=40)
+    torch.testing.assert_close(
+        one.get_stitching_layer("0-1.0").weight, two.get_stitching_layer("0-1.0").weight, rtol=1e-4, atol=1e-5
+    )
+    assert two.training
+
+
+def test_each_anchor_runs_once_per_batch_whatever_the_number_of_stitches() -> None:
+    model = make("vit")
+    calls = []
+    for anchor in model.anchors:
+        anchor.patch_embed.register_forward_hook(lambda *_: calls.append(1))
+    initialize_stitches(model, images("vit", 60).split(30), num_samples=60)
+    assert len(calls) == 2 * 2
+
+
+@pytest.mark.parametrize("spoil", ["dead", "collinear", "constant target"])
+def test_dead_and_collinear_channels_do_no_harm(spoil: str) -> None:
+    a, b = torch.randn(200, 6), torch.randn(200, 3)
+    if spoil == "dead":
+        a[:, 2] = 0.7
+    elif spoil == "collinear":
+        a[:, 2] = 3 * a[:, 0] - a[:, 1]
+    else:
+        b[:] = 2.0
+    accumulator = Accumulator({"0-1.0": [Place((0, 1), (1, 1))]})
+    for start in range(0, 200, 64):
+        accumulator.add({(0, 1): a[start : start + 64], (1, 1): b[start : start + 64]})
+    weight, bias, residual = accumulator.statistics("0-1.0").solve()
+    ones = torch.cat([a, torch.ones(200, 1)], dim=1).double()
+    # With a tolerance, or the reference would fit the rounding of the collinear channel.
+    best = torch.linalg.lstsq(ones, b.double(), rcond=1e-5, driver="gelsd").solution
+    ours = (a.double() @ weight.T + bias - b).norm()
+    torch.testing.assert_close(ours, (ones @ best - b).norm(), rtol=1e-6, atol=1e-5)
+    assert weight.abs().max() < 1
+    if spoil == "dead":
+        assert weight[:, 2].abs().max() < 1e-8
+    assert 0 <= residual <= 1
+
+
+def test_an_exact_map_is_found() -> None:
+    a, true = torch.randn(300, 5), torch.randn(4, 5)
+    accumulator = Accumulator({"0-1.0": [Place((0, 1), (1, 1))]})
+    accumulator.add({(0, 1): a, (1, 1): a @ true.T - 1.5})
+    weight, bias, residual = accumulator.statistics("0-1.0").solve()
+    torch.testing.assert_close(weight, true.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bias, torch.full((4,), -1.5, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+    assert residual < 1e-2
+
+
+def test_large_means_do_not_hide_small_variations() -> None:
+    """A channel far from zero, as the massive activations of large ViTs are."""
+    a = torch.randn(4000, 4) * 0.5 + torch.tensor([0.0, 1000.0, 0.0, -300.0])
+    b = (a - a.mean(0)) @ torch.tensor([[1.0, 2.0, 3.0, 4.0]]).T
+    accumulator = Accumulator({"0-1.0": [Place((0, 1), (1, 1))]})
+    accumulator.add({(0, 1): a, (1, 1): b})
+    statistics = accumulator.statistics("0-1.0")
+    assert isinstance(statistics, LeastSquares)
+    weight, _, _ = statistics.solve()
+    torch.testing.assert_close(weight, torch.tensor([[1.0, 2.0, 3.0, 4.0]]).double(), rtol=1e-2, atol=1e-2)
+
+
+def test_kaiming_is_what_pytorch_gives_a_1x1_convolution() -> None:
+    model = make("vit")
+    torch.manual_seed(5)
+    assert initialize_stitches(model, method="kaiming") == {}
+    torch.manual_seed(5)
+    expected = [torch.nn.Conv2d(8, 12, 1) for _ in model.stitching_layers["0-1"]]
+    for layer, convolution in zip(model.stitching_layers["0-1"].values(), expected, strict=True):
+        assert torch.equal(layer.weight, convolution.weight[:, :, 0, 0])
+        assert torch.equal(layer.bias, convolution.bias)
+
+
+@pytest.mark.parametrize(
+    ("batches", "settings", "message"),
+    [
+        ([torch.randn(3, 3, 32, 32)], {}, "asked to fit 100 images, but the batches hold only 3"),
+        ([], {}, "hold only 0"),
+        ([torch.randn(3, 3, 32, 32)], {"num_samples": 0}, "num_samples must be a positive"),
+        ([torch.randn(3, 3, 32, 32)], {"num_samples": 2.5}, "num_samples must be a positive"),
+        ([], {"method": "magic"}, "method must be 'least_squares' or 'kaiming'"),
+        ([torch.full((3, 3, 32, 32), torch.nan)], {"num_samples": 3}, "anchor 0 at cut 1 are not finite"),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(batches: list, settings: dict, message: str) -> None:
+    model = make("vit")
+    before = model.get_stitching_layer("0-1.0").weight.clone()
+    with pytest.raises(ValueError, match=message):
+        initialize_stitches(model, batches, **settings)
+    assert torch.equal(model.get_stitching_layer("0-1.0").weight, before)
+    assert not model.training
+
+
+def test_too_few_rows_are_named() -> None:
+    model = make("mobilenetv3")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"needs at least \d+ rows, but 2 images give \d+"):
+        initialize_stitches(model, [images("mobilenetv3", 2)], num_samples=2)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_extracted_stitch_cannot_be_fitted() -> None:
+    with pytest.raises(ValueError, match="fit the whole model before extracting"):
+        initialize_stitches(make("vit").extract(4), [images("vit", 40)], num_samples=40)

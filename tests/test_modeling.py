@@ -1,0 +1,224 @@
+"""Choosing, running and taking out stitches."""
+
+import copy
+import logging
+import threading
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from families import NUM_LABELS, images, make
+from stitchable import StitchableForImageClassification, StitchableModel, update_costs
+
+
+@pytest.fixture
+def model() -> StitchableForImageClassification:
+    return make("vit")
+
+
+@pytest.fixture
+def warnings_of_transformers(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """Log records of the model's file; transformers' loggers do not propagate by default."""
+    from stitchable.model import modeling_stitchable
+
+    monkeypatch.setattr(modeling_stitchable.logger, "propagate", True)
+    type(modeling_stitchable.logger).warning_once.cache_clear()
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def test_set_stitch_is_the_default_of_later_calls_and_of_the_saved_config(model, tmp_path) -> None:
+    x = images("vit")
+    stitch = model.set_stitch(5)
+    assert (stitch, model.stitch) == (model.stitches[5], model.stitches[5])
+    assert torch.equal(model(x).logits, model(x, stitch_id=5).logits)
+    assert not torch.equal(model(x).logits, model(x, stitch_id=6).logits)
+    model.save_pretrained(tmp_path)
+    assert StitchableForImageClassification.from_pretrained(tmp_path).stitch.id == 5
+    loaded = StitchableForImageClassification.from_pretrained(tmp_path, stitch_id=3)
+    assert loaded.stitch.id == 3
+    with pytest.raises(ValueError, match=r"stitch_id 99 is out of range: this model has stitches 0\.\.8"):
+        StitchableForImageClassification.from_pretrained(tmp_path, stitch_id=99)
+
+
+@pytest.mark.parametrize("wrong", [9, -1, 1.0, "1", True, [1]])
+def test_an_unknown_stitch_is_refused_everywhere(model, wrong) -> None:
+    for choose in (model.set_stitch, model.extract, lambda i: model(images("vit"), stitch_id=i)):
+        with pytest.raises(ValueError, match="stitch_id"):
+            choose(wrong)
+    assert model.stitch.id == 1  # the default of a new model: the largest anchor
+
+
+def test_for_budget_takes_the_best_measured_and_says_once_when_there_is_none(model, warnings_of_transformers) -> None:
+    largest = max(model.stitches, key=lambda stitch: stitch.flops)
+    assert model.for_budget(1e12) == largest == model.stitch
+    assert model.for_budget(flops=1e12) == largest
+    assert warnings_of_transformers.text.count("measured accuracy") == 1
+    model.record(4, metrics={"accuracy": 0.9})
+    model.record(8, metrics={"accuracy": 0.8})
+    assert model.for_budget(1e12).id == 4
+    assert model.for_budget(params=10**9).id == 4
+    with pytest.raises(ValueError, match=r"the cheapest is, by flops stitch 0"):
+        model.for_budget(1)
+    with pytest.raises(ValueError, match="positive number"):
+        model.for_budget(float("nan"))
+
+
+def test_figures_are_recorded_in_the_table(model) -> None:
+    assert model.record(2, metrics={"accuracy": 0.5}, latency_ms=1.5).latency_ms == 1.5
+    assert model.stitches[2].metrics == {"accuracy": 0.5}
+    with pytest.raises(ValueError, match="no figure"):
+        model.record(2, accuracy=0.5)
+
+
+def test_threads_get_the_stitch_they_ask_for(model) -> None:
+    x = images("vit")
+    with torch.no_grad():
+        expected = [model(x, stitch_id=stitch.id).logits for stitch in model.stitches]
+    wrong: list[int] = []
+
+    @torch.no_grad()
+    def ask(stitch_id: int) -> None:
+        for _ in range(40):
+            if not torch.equal(model(x, stitch_id=stitch_id).logits, expected[stitch_id]):
+                wrong.append(stitch_id)
+
+    threads = [threading.Thread(target=ask, args=(stitch.id,)) for stitch in model.stitches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_route_of_three_segments_goes_back_to_a_smaller_anchor(model) -> None:
+    """Nothing in the model knows how many segments there are, or in which order."""
+    config = copy.deepcopy(model.config)
+    route, layers = [[1, 0, 1], [0, 1, 2], [1, 2, 3]], ["1-0.0", "0-1.0"]
+    config.stitches.append({"id": 40, "route": route, "layers": layers})
+    longer = StitchableForImageClassification(config).eval()
+    x = images("vit")
+    small, large = longer.anchors
+    features = large.norm_pre(large.patch_drop(large._pos_embed(large.patch_embed(x))))
+    features = small.blocks[1](longer.get_stitching_layer("1-0.0")(large.blocks[0](features)))
+    features = large.blocks[2](longer.get_stitching_layer("0-1.0")(features))
+    expected = large.forward_head(large.norm(features))
+    assert torch.equal(longer(x, stitch_id=40).logits, expected)
+
+
+def test_the_back_anchors_final_norm_belongs_to_the_stitch(model) -> None:
+    x = images("vit")
+    before = model(x, stitch_id=4).logits
+    with torch.no_grad():
+        model.anchors[1].norm.weight.mul_(2)
+    assert not torch.allclose(model(x, stitch_id=4).logits, before)
+
+
+def test_the_loss_is_transformers_own(model) -> None:
+    x, labels = images("vit", 3), torch.tensor([0, 4, 2])
+    output = model(x, labels=labels, stitch_id=4)
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    loss, logits = model(x, labels=labels, stitch_id=4, return_dict=False)
+    assert torch.equal(loss, output.loss)
+    assert torch.equal(logits, output.logits)
+    (only,) = model(x, stitch_id=4, return_dict=False)
+    assert torch.equal(only, logits)
+    targets = torch.rand(3, NUM_LABELS)
+    model.config.problem_type = "multi_label_classification"
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, targets)
+    torch.testing.assert_close(model(x, labels=targets, stitch_id=4).loss, expected)
+
+
+def test_a_training_step_reaches_only_the_stitchs_parameters(model) -> None:
+    model.train()
+    stitch = model.stitches[4]
+    model(images("vit"), labels=torch.tensor([0, 1]), stitch_id=4).loss.backward()
+    used = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert used == {name for name, _ in model.extract(4).named_parameters()}
+    assert sum(model.get_parameter(name).numel() for name in used) == stitch.params
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet-swin"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    model, x = make(name), images(name)
+    stitch_id = model.stitches[-1].id
+    expected = model(x, stitch_id=stitch_id).logits
+    half = model.to(dtype)(x, stitch_id=stitch_id).logits  # pixel values come in float32 from the image processor
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.2)
+
+
+def test_loading_in_half_precision(model, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    half = StitchableForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half(images("vit"), stitch_id=4).logits.dtype == torch.bfloat16
+
+
+def test_moving_to_another_device_moves_everything(model) -> None:
+    moved = make("swin").to("meta")
+    assert {tensor.device.type for tensor in [*moved.parameters(), *moved.buffers()]} == {"meta"}
+    assert moved(images("swin"), stitch_id=3).logits.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet"])
+def test_an_extracted_stitch_compiles_into_one_graph(name: str) -> None:
+    extracted, x = make(name).extract(), images(name)
+    compiled = torch.compile(extracted, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x).logits, extracted(x).logits)
+    torch.compiler.reset()
+
+
+def test_extraction_copies_and_keeps_what_it_copies(model) -> None:
+    model.anchors[1].head.weight.requires_grad_(False)
+    extracted = model.extract(4)
+    assert not extracted.anchors[1].head.weight.requires_grad
+    with torch.no_grad():
+        extracted.anchors[1].head.weight.zero_()
+    assert model.anchors[1].head.weight.abs().sum() > 0
+    assert model.extract(0).extract(0).stitch == model.stitches[0]
+    with pytest.raises(ValueError, match=r"stitches 4\.\.4"):
+        extracted.set_stitch(0)
+
+
+def test_other_classes_get_new_heads(model, tmp_path, warnings_of_transformers) -> None:
+    model.save_pretrained(tmp_path)
+    wider = StitchableForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert "update_costs" in warnings_of_transformers.text
+    assert wider(images("vit"), stitch_id=4).logits.shape == (2, 7)
+    for anchor, old in zip(wider.anchors, model.anchors, strict=True):
+        assert anchor.head.weight.std() > 0
+        assert torch.equal(anchor.blocks[0].attn.qkv.weight, old.blocks[0].attn.qkv.weight)
+    update_costs(wider)
+    assert wider.config.num_labels_of_costs == 7
+    assert wider.stitches[4].params == sum(parameter.numel() for parameter in wider.extract(4).parameters())
+
+
+def test_a_new_model_keeps_timms_initialisation() -> None:
+    from stitchable import StitchableConfig
+
+    anchors = [{"architecture": "resnet18", "kwargs": {"layers": [n, 1, 1, 1]}} for n in (1, 2)]
+    config = StitchableConfig.from_anchors(anchors, image_size=32, num_labels=2, stages=[0, 1, 2], pairs="all")
+    weight = StitchableForImageClassification(config).anchors[0].conv1.weight
+    assert (
+        abs(weight.std() - (2 / (64 * 49)) ** 0.5) < 0.002
+    )  # Kaiming normal, fan out; transformers' own would be 0.02
+
+
+def test_the_auto_classes_know_the_type(model, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).stitches == model.config.stitches
+    assert type(AutoModelForImageClassification.from_pretrained(tmp_path)) is StitchableForImageClassification
+    features = AutoModel.from_pretrained(tmp_path)
+    assert type(features) is StitchableModel
+    assert features(images("vit"), stitch_id=4).pooler_output.shape == (2, 12)
+
+
+def test_a_copy_is_independent(model) -> None:
+    twin, x = copy.deepcopy(model), images("vit")
+    twin.set_stitch(4)
+    assert model.stitch.id == 1
+    assert torch.equal(twin(x).logits, model(x, stitch_id=4).logits)

@@ -1,0 +1,148 @@
+"""A folder that is a complete Hub repository, loaded by people who do not have stitchable."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from families import images, make
+from stitchable import evaluate
+from stitchable.processing import image_processor
+from stitchable.publishing import Card, save_repository, short_names, stitch_table
+
+# What a user does who installed torch, timm and transformers only.
+AS_A_USER = """
+import sys
+sys.modules["stitchable"] = None  # any import of it fails
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+
+folder, image, pixels, expected, again = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, stitch_id=3)
+x, logits = torch.load(pixels), torch.load(expected)
+with torch.no_grad():
+    for stitch in model.stitches:
+        assert torch.equal(model(x, stitch_id=stitch.id).logits, logits[stitch.id]), stitch
+    assert torch.equal(model(x).logits, logits[3])
+    features = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert features(x, stitch_id=3).pooler_output.ndim == 2
+stitch = model.for_budget(1e12)
+assert stitch.metrics["accuracy"] == max(s.metrics["accuracy"] for s in model.stitches)
+classify = pipeline("image-classification", model=model, image_processor=folder)
+answers = classify(image, top_k=2)
+assert {answer["label"] for answer in answers} <= set(config.id2label.values()), answers
+model.extract(3).save_pretrained(again)  # and the code travels on
+alone = AutoModelForImageClassification.from_pretrained(again, trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(alone(x).logits, logits[3])
+print("loaded", type(model).__module__)
+"""
+
+
+def published(name: str, folder: Path):
+    model = make(name, id2label={i: f"class {i}" for i in range(5)})
+    x = images(name, 12)
+    evaluate(model, [{"pixel_values": x, "labels": torch.arange(12) % 5}])
+    processor = image_processor(model.config, crop_pct=0.9)
+    save_repository(model, folder, processor, Card(name=f"tiny-{name}", dataset="noise", recipe={"seed": 1}))
+    return model, x
+
+
+@pytest.mark.parametrize("name", ["deit-distilled", "swin"])
+def test_a_folder_loads_where_stitchable_is_not_installed(name: str, tmp_path) -> None:
+    model, x = published(name, tmp_path / "hub")
+    with torch.no_grad():
+        logits = {stitch.id: model(x[:2], stitch_id=stitch.id).logits for stitch in model.stitches}
+    torch.save(x[:2], tmp_path / "x.pt")
+    torch.save(logits, tmp_path / "logits.pt")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "image.png")
+    arguments = [tmp_path / path for path in ("hub", "image.png", "x.pt", "logits.pt", "again")]
+    result = subprocess.run(
+        [sys.executable, "-c", AS_A_USER, *map(str, arguments)],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "loaded transformers_modules" in result.stdout
+
+
+def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
+    model, _ = published("vit", tmp_path / "hub")
+    folder = tmp_path / "hub"
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "model.safetensors", "preprocessor_config.json"),
+        *("README.md", "stitches.json", "accuracy_flops.png"),
+        *("anchors.py", "configuration_stitchable.py", "modeling_stitchable.py", "routes.py", "stitching.py"),
+    }
+    table = json.loads((folder / "stitches.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    assert table["stitches"] == config["stitches"] == [stitch.to_dict() for stitch in model.stitches]
+    with Image.open(folder / "accuracy_flops.png") as figure:
+        assert figure.size[0] > 500
+
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    results = {result.metric_args["stitch_id"]: result.metric_value for result in card.data.eval_results}
+    assert results == {stitch.id: round(stitch.metrics["accuracy"], 4) for stitch in model.stitches}
+    for stitch in model.stitches:
+        row = f"| {stitch.id} |"
+        (line,) = [line for line in card.text.split("## All stitches")[1].splitlines() if line.startswith(row)]
+        assert f"{stitch.params:,}" in line
+        assert f"{100 * stitch.metrics['accuracy']:.2f} %" in line
+    assert "{{" not in card.text
+    assert "seed: 1" in card.text
+
+
+def test_a_route_reads_as_the_blocks_of_each_anchor() -> None:
+    model = make("vit")
+    assert short_names(model) == ["vit-8", "vit-12"]
+    line = stitch_table(model.stitches, short_names(model)).splitlines()[2 + 4]
+    assert "| 4 | vit-8 0–1 → vit-12 0–2 |" in line
+
+
+def test_nothing_is_written_over_another_run_or_without_figures(tmp_path) -> None:
+    model = make("vit")
+    processor, card = image_processor(model.config, crop_pct=1.0), Card("tiny", "noise")
+    with pytest.raises(ValueError, match="no stitch has a measured accuracy"):
+        save_repository(model, tmp_path / "new", processor, card)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "other.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        save_repository(model, tmp_path, processor, card)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
+
+
+@pytest.mark.parametrize("size", [(40, 50), (64, 33), (32, 32)])
+@pytest.mark.parametrize("crop_pct", [0.8, 1.0])
+def test_the_image_processor_is_timms_evaluation_transform(size, crop_pct, tmp_path) -> None:
+    config = make("vit").config
+    image_processor(config, crop_pct=crop_pct, interpolation="bicubic").save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    transform = timm.data.create_transform(
+        (3, 32, 32), interpolation="bicubic", crop_pct=crop_pct, mean=config.image_mean, std=config.image_std
+    )
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (*size, 3), dtype=np.uint8))
+    ours = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ours, transform(picture), rtol=0, atol=1e-6)
+
+
+def test_the_image_processor_takes_timms_settings_for_the_largest_anchor() -> None:
+    processor = image_processor(make("resnet").config)
+    timm_cfg = timm.get_pretrained_cfg("resnet50")
+    assert processor.size["shortest_edge"] == int(32 / timm_cfg.crop_pct)
+    with pytest.raises(ValueError, match="crop_pct"):
+        image_processor(make("vit").config, crop_pct=1.5)

@@ -9,12 +9,12 @@ RUN := runs/digits
 
 # The main job on embedded data: anchors in, one checkpoint with every stitch trained and measured out.
 demo: $(INSTALLED)
-	rm -rf $(RUN)
+	@test ! -e $(RUN) || { echo "$(RUN) exists: remove it, or choose another folder with make demo RUN=FOLDER"; exit 1; }
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		training/train.py --recipe training/recipes/digits.yaml output=$(RUN)
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
 
 test-slow: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

@@ -5,8 +5,8 @@ pseudo-inverse per position, to the same or a smaller residual.
 
 Both read the same features (the anchors' forward passes are not timed). The images are random 224x224 crops of the two
 photographs that scikit-learn ships; the anchors have random weights, since none can be downloaded everywhere: neither
-changes the size of the problem. The baseline is what the authors' code does (pinv of [A 1] in float32 at every position,
-then the mean over the positions of a layer).
+changes the size of the problem. The baseline is what the authors' code does: pinv of [A 1] in float32 at every
+position, then the mean over the positions of a layer.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from stitchable import StitchableForImageClassification
 from stitchable.initialization import Accumulator, Key, Place, anchor_features, places_of_layers
 
 ANCHORS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
-BATCH = 20
+BATCH = 32  # as many images as initialize_stitches holds at once
 
 
 def main() -> None:

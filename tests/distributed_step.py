@@ -1,19 +1,14 @@
 """Run by test_distributed.py on two processes: one data-parallel step of one stitch, its gradients compared."""
 
-import sys
-
-sys.path[:0] = ["tests", "training"]
-
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from families import images, make
+from train import make_accelerator
 
 
-def main(find_unused_parameters: bool) -> None:
+def main() -> None:
     """Print, on the main process, how the averaged gradients compare with those of the whole batch on one process."""
-    handler = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
+    accelerator = make_accelerator()
     model, x, labels = make("vit"), images("vit", 8), torch.arange(8) % 5
     reference = make("vit")
     reference(x, labels=labels, stitch_id=4).loss.backward()
@@ -36,4 +31,4 @@ def main(find_unused_parameters: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(find_unused_parameters=sys.argv[1] == "True")
+    main()

@@ -32,6 +32,9 @@ def test_an_empty_config_is_only_a_default(valid: dict) -> None:
         (lambda c: c.update(stitches=[]), "no stitch"),
         (lambda c: c["anchors"][0].update(depth=4), "depth 4"),
         (lambda c: c["anchors"][0].pop("cuts"), r"lacks \['cuts'\]"),
+        (lambda c: c["anchors"][0].pop("architecture"), r"lacks \['architecture'\]"),
+        (lambda c: c["anchors"][0].update(layout="XYZ"), "'NCHW', 'NHWC' or 'NLC', got 'XYZ'"),
+        (lambda c: c["anchors"][0]["cuts"].__setitem__(0, [8, 4]), r"\[channels, height, width\] each"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_at_construction(valid: dict, change, message: str) -> None:
@@ -47,7 +50,7 @@ def test_a_config_that_does_not_fit_is_refused_at_construction(valid: dict, chan
         (lambda c: c["anchors"][0].update(stages=[1, 2]), r"says \(stages, layout, prefix tokens\)"),
         (lambda c: c["anchors"][0].update(layout="NHWC"), "layout"),
         (lambda c: c["anchors"][1]["cuts"].__setitem__(1, [12, 2, 2]), "equal grids"),
-        (lambda c: c["anchors"][1]["cuts"].__setitem__(1, [16, 4, 4]), "channels, elsewhere it maps"),
+        (lambda c: c["anchors"][1]["cuts"].__setitem__(1, [16, 4, 4]), "joins other cuts elsewhere"),
         (lambda c: c["anchors"][1].update(architecture="vit_none"), "timm .* has no model"),
     ],
 )

@@ -1,12 +1,14 @@
 """FLOPs and parameters against published figures, to the integer."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from families import make
-from stitchable import StitchableConfig, update_costs
+from families import FAMILIES, make
+from stitchable import StitchableConfig, StitchableForImageClassification, update_costs
 from stitchable.costs import Cost, count_flops, profile_anchor
 
 DEIT = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
@@ -77,8 +79,8 @@ def test_deit_stitches_cost_what_the_authors_report_plus_the_final_norm(deit: St
 def test_table_1_of_the_paper(deit: StitchableConfig) -> None:
     """Blocks of Ti, S, B; FLOPs in G; parameters in M of the individually trained networks.
 
-    For (0, 6, 6) and (0, 3, 9) the paper prints 11.2 and 14.3; the authors' own results say 11124360192 and 14353319424,
-    and so do we (plus the final norm).
+    For (0, 6, 6) and (0, 3, 9) the paper prints 11.2 and 14.3; the authors' own results say 11124360192 and
+    14353319424, and so do we (plus the final norm).
     """
     rows = [
         *[(12, 0, 0, "1.3", "5.7"), (9, 3, 0, "2.1", "10.0"), (6, 6, 0, "2.9", "14.0"), (3, 9, 0, "3.8", "18.0")],
@@ -101,8 +103,6 @@ def _is_seamless(stitch: dict) -> bool:
 
 
 def test_the_whole_model_has_the_papers_parameters(deit: StitchableConfig) -> None:
-    from stitchable import StitchableForImageClassification
-
     with torch.device("meta"):
         model = StitchableForImageClassification(deit)
     assert f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}" == "118.4"  # table 1
@@ -158,6 +158,20 @@ def test_new_classes_are_counted_again() -> None:
     assert after.flops - before.flops == 45 * 12
     assert after.params - before.params == 45 * (12 + 1)
     assert after.metrics == {}
+
+
+@pytest.mark.parametrize(("name", "size"), [("vit", [32, 64]), ("levit", [64, 128]), ("swin", [32, 64])])
+def test_images_need_not_be_square(name: str, size: list[int]) -> None:
+    anchors = copy.deepcopy(FAMILIES[name].anchors)
+    for anchor in anchors:
+        anchor["kwargs"]["img_size"] = size
+    config = StitchableConfig.from_anchors(
+        anchors, image_size=size, num_labels=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    assert config.anchors[0]["cuts"][0][2] == 2 * config.anchors[0]["cuts"][0][1]
+    model = StitchableForImageClassification(config).eval()
+    for stitch in model.stitches:
+        assert count_flops(model.extract(stitch.id), torch.randn(1, 3, *size)) == stitch.flops
 
 
 def test_images_of_the_wrong_size_are_named() -> None:

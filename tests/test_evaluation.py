@@ -18,8 +18,10 @@ def batches(name: str, sizes: tuple[int, ...] = (5, 3)) -> list[dict[str, torch.
 def test_it_equals_running_each_stitch_alone(name: str) -> None:
     model, data = make(name), batches(name)
     model.train()
+    model.anchors[0].eval()  # frozen, say
     measured = evaluate(model, data)
     assert model.training
+    assert not any(module.training for module in model.anchors[0].modules())
     model.eval()
     x, labels = torch.cat([b["pixel_values"] for b in data]), torch.cat([b["labels"] for b in data])
     assert list(measured) == [stitch.id for stitch in model.stitches]

@@ -5,7 +5,7 @@ import torch
 
 from families import images, make
 from stitchable import initialize_stitches
-from stitchable.initialization import Accumulator, LeastSquares, Place, anchor_features, places_of_layers
+from stitchable.initialization import Accumulator, Place, anchor_features, places_of_layers
 
 
 def rows(model, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +84,9 @@ def test_dead_and_collinear_channels_do_no_harm(spoil: str) -> None:
     ours = (a.double() @ weight.T + bias - b).norm()
     torch.testing.assert_close(ours, (ones @ best - b).norm(), rtol=1e-6, atol=1e-5)
     assert weight.abs().max() < 1
+    assert residual == pytest.approx(
+        float(ours / (b - b.mean(0)).norm()) if spoil != "constant target" else 0, abs=1e-4
+    )
     if spoil == "dead":
         assert weight[:, 2].abs().max() < 1e-8
     assert 0 <= residual <= 1
@@ -99,16 +102,47 @@ def test_an_exact_map_is_found() -> None:
     assert residual < 1e-2
 
 
-def test_large_means_do_not_hide_small_variations() -> None:
-    """A channel far from zero, as the massive activations of large ViTs are."""
-    a = torch.randn(4000, 4) * 0.5 + torch.tensor([0.0, 1000.0, 0.0, -300.0])
-    b = (a - a.mean(0)) @ torch.tensor([[1.0, 2.0, 3.0, 4.0]]).T
+@pytest.mark.parametrize("case", ["large means", "ill-conditioned", "massive channel"])
+def test_it_stays_exact_where_sums_of_products_lose_digits(case: str) -> None:
+    """As activations of large ViTs are: far from zero, nearly dependent, or a few channels a million times the rest."""
+    a = torch.randn(6000, 24)
+    if case == "ill-conditioned":
+        u, _, v = torch.linalg.svd(a, full_matrices=False)
+        a = 77 * u * torch.logspace(0, -4, 24) @ v + 10
+    elif case == "massive channel":
+        a = a * 0.01
+        a[:, 5] *= 1e6
+    else:
+        a = a + 1000
+    b = ((a - a.mean(0)) / a.std(0)) @ torch.randn(24, 7) + 0.05 * torch.randn(6000, 7) + 1000
     accumulator = Accumulator({"0-1.0": [Place((0, 1), (1, 1))]})
-    accumulator.add({(0, 1): a, (1, 1): b})
-    statistics = accumulator.statistics("0-1.0")
-    assert isinstance(statistics, LeastSquares)
-    weight, _, _ = statistics.solve()
-    torch.testing.assert_close(weight, torch.tensor([[1.0, 2.0, 3.0, 4.0]]).double(), rtol=1e-2, atol=1e-2)
+    for x, y in zip(a.split(500), b.split(500), strict=True):
+        accumulator.add({(0, 1): x, (1, 1): y})
+    weight, bias, residual = accumulator.statistics("0-1.0").solve()
+    ones = torch.cat([a - a.mean(0), torch.ones(6000, 1)], dim=1).double()
+    best = torch.linalg.lstsq(ones, b.double(), driver="gelsd").solution
+    total = (b - b.double().mean(0)).norm()
+    ours, least = (a.double() @ weight.T + bias - b).norm() / total, (ones @ best - b).norm() / total
+    torch.testing.assert_close(ours, least, rtol=1e-2, atol=1e-5)
+    assert residual == pytest.approx(float(ours), rel=1e-2)
+
+
+def test_positions_with_different_means_share_one_layer() -> None:
+    """Each cut is summed about a point of its own; the layer must not notice."""
+    places = [Place((0, 1), (1, 1)), Place((0, 2), (1, 1)), Place((0, 2), (1, 2))]
+    features = {(0, 1): torch.randn(400, 5) + 30, (0, 2): torch.randn(400, 5) - 20}
+    features |= {(1, 1): torch.randn(400, 3) + 7, (1, 2): torch.randn(400, 3) * 4 - 9}
+    accumulator = Accumulator({"0-1.0": places})
+    for start in (0, 150):
+        accumulator.add({key: x[start : start + (150 if start == 0 else 250)] for key, x in features.items()})
+    weight, bias, residual = accumulator.statistics("0-1.0").solve()
+    a = torch.cat([features[place.source] for place in places]).double()
+    b = torch.cat([features[place.target] for place in places]).double()
+    ones = torch.cat([a, torch.ones(len(a), 1)], dim=1).double()
+    best = torch.linalg.lstsq(ones, b, driver="gelsd").solution
+    torch.testing.assert_close(weight, best[:-1].T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bias, best[-1], rtol=1e-4, atol=1e-4)
+    assert residual == pytest.approx(float((ones @ best - b).norm() / (b - b.mean(0)).norm()), rel=1e-4)
 
 
 def test_kaiming_is_what_pytorch_gives_a_1x1_convolution() -> None:
@@ -128,8 +162,10 @@ def test_kaiming_is_what_pytorch_gives_a_1x1_convolution() -> None:
         ([torch.randn(3, 3, 32, 32)], {}, "asked to fit 100 images, but the batches hold only 3"),
         ([], {}, "hold only 0"),
         ([torch.randn(3, 3, 32, 32)], {"num_samples": 0}, "num_samples must be a positive"),
-        ([torch.randn(3, 3, 32, 32)], {"num_samples": 2.5}, "num_samples must be a positive"),
+        ([torch.randn(3, 3, 32, 32)], {"num_samples": 2.5}, "num_samples must be an integer"),
         ([], {"method": "magic"}, "method must be 'least_squares' or 'kaiming'"),
+        ([{"images": 1}], {}, r"must hold 'pixel_values', it has \['images'\]"),
+        ([torch.randn(3, 32, 32)], {}, r"batches of images \(N, C, H, W\), got a tensor of shape \(3, 32, 32\)"),
         ([torch.full((3, 3, 32, 32), torch.nan)], {"num_samples": 3}, "anchor 0 at cut 1 are not finite"),
     ],
 )

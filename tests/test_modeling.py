@@ -203,9 +203,8 @@ def test_a_new_model_keeps_timms_initialisation() -> None:
     anchors = [{"architecture": "resnet18", "kwargs": {"layers": [n, 1, 1, 1]}} for n in (1, 2)]
     config = StitchableConfig.from_anchors(anchors, image_size=32, num_labels=2, stages=[0, 1, 2], pairs="all")
     weight = StitchableForImageClassification(config).anchors[0].conv1.weight
-    assert (
-        abs(weight.std() - (2 / (64 * 49)) ** 0.5) < 0.002
-    )  # Kaiming normal, fan out; transformers' own would be 0.02
+    # Kaiming normal by fan out; transformers would have given 0.02.
+    assert abs(weight.std() - (2 / (64 * 49)) ** 0.5) < 0.002
 
 
 def test_the_auto_classes_know_the_type(model, tmp_path) -> None:

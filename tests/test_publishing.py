@@ -55,7 +55,9 @@ def published(name: str, folder: Path):
     x = images(name, 12)
     evaluate(model, [{"pixel_values": x, "labels": torch.arange(12) % 5}])
     processor = image_processor(model.config, crop_pct=0.9)
-    save_repository(model, folder, processor, Card(name=f"tiny-{name}", dataset="noise", recipe={"seed": 1}))
+    save_repository(
+        model, folder, processor, Card(f"tiny-{name}", "noise", recipe="seed: 1\n", accuracy_before={0: 0.5})
+    )
     return model, x
 
 
@@ -105,6 +107,7 @@ def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
         assert f"{100 * stitch.metrics['accuracy']:.2f} %" in line
     assert "{{" not in card.text
     assert "seed: 1" in card.text
+    assert f"| vit-8 | 50.00 % | {100 * model.stitches[0].metrics['accuracy']:.2f} % |" in card.text
 
 
 def test_a_route_reads_as_the_blocks_of_each_anchor() -> None:
@@ -119,11 +122,13 @@ def test_nothing_is_written_over_another_run_or_without_figures(tmp_path) -> Non
     processor, card = image_processor(model.config, crop_pct=1.0), Card("tiny", "noise")
     with pytest.raises(ValueError, match="no stitch has a measured accuracy"):
         save_repository(model, tmp_path / "new", processor, card)
-    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "other.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists and is not empty"):
+    with pytest.raises(ValueError, match="already holds another run"):
         save_repository(model, tmp_path, processor, card)
-    assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "other.txt"}
+    with pytest.raises(ValueError, match="cannot be made"):
+        save_repository(model, tmp_path / "other.txt" / "below", processor, card)
 
 
 @pytest.mark.parametrize("size", [(40, 50), (64, 33), (32, 32)])

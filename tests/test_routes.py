@@ -35,6 +35,7 @@ TABLE = [measured(0, 100, 0.70), measured(1, 200, 0.80), measured(2, 300, 0.75),
         ([[0, 0, 2], [1, 3, 6]], (), "2 segments need 1 stitching layers"),
         ([[0, 0, 2], [1, 3, 6]], ("1-0.0",), "unknown stitching layer '1-0.0'"),
         ([[0, 0, 2], [1, 3, 6]], ("first",), "unknown stitching layer 'first'"),
+        ([[0, 0, 2], [1, 3, 6]], ("0-01.0",), "unknown stitching layer '0-01.0'"),
     ],
 )
 def test_routes_that_do_not_fit_are_named(route: list, layers: tuple, problem: str) -> None:
@@ -66,6 +67,10 @@ def test_ids_are_unique_and_there_is_a_stitch() -> None:
         {"id": 0, "route": [[0, 0]]},
         {"id": 0, "route": [[0, 0.0, 4]]},
         {"id": 0, "route": [[0, 0, 4]], "accuracy": 1.0},
+        {"id": 0, "route": None},
+        {"id": 0, "route": [0, 0, 4]},
+        {"id": 0, "route": [[0, 0, 4]], "layers": None},
+        {"id": 0, "route": [[0, 0, 4]], "layers": [3]},
     ],
 )
 def test_a_stitch_of_the_wrong_form_is_refused(entry: dict) -> None:
@@ -113,6 +118,9 @@ def test_another_metric_can_be_maximised() -> None:
     assert best_within(table, flops=5, metric="top5").id == 0
     with pytest.raises(ValueError, match=r"measured by 'accuracy'; there are \['top5'\]"):
         best_within(table, flops=5)
+    with pytest.raises(ValueError, match="a loss is better when it is lower"):
+        best_within(TABLE, flops=500, metric="loss")
+    assert best_within([measured(0, 1, math.nan), measured(1, 2, 0.1)], flops=5).id == 1
 
 
 @pytest.mark.parametrize("budget", [0, -1, math.nan, "many", -math.inf])

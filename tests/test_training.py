@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,10 @@ import pytest
 import torch
 from transformers import BitImageProcessor
 
-from data import load_data, make_loader, preprocess, random_affine
+from data import load_data, make_loader, preprocess, random_affine, random_subset
 from recipe import load_recipe
 from sampling import UniformSampler
+from train import run
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "training" / "recipes" / "digits.yaml"
@@ -30,7 +33,7 @@ def train(*overrides: str, launcher: list[str] | None = None) -> subprocess.Comp
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_main_job_from_anchors_to_predictions(tmp_path) -> None:
+def test_the_main_job_from_anchors_to_predictions(tmp_path, capsys) -> None:
     output = tmp_path / "run"
     result = train(f"output={output}", *QUICK, launcher=LAUNCH)
     assert result.returncode == 0, result.stderr
@@ -41,11 +44,50 @@ def test_the_main_job_from_anchors_to_predictions(tmp_path) -> None:
     assert result.stdout.count(".png: ") == 8
     assert "all stitches: 100%" in result.stderr.replace("\r", "\n")
 
+    # The block that README.md opens with runs on what the demo leaves.
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    exec(block[1].replace("runs/digits", str(output)))
+    assert "MFLOPs: stitch" in capsys.readouterr().out
+
     again = train(f"output={output}", *QUICK)
     assert again.returncode == 1
     assert "already holds another run" in again.stderr
     assert "Traceback" not in again.stderr
     assert json.loads((output / "stitches.json").read_text())["stitches"] == table
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.batch_size=2000"], "training.batch_size=2000, but there are only 1198 training images"),
+        (["initialization.num_samples=5000"], "initialization.num_samples=5000, but there are only 1198"),
+        (["space.stages=[5]"], "stages must be distinct numbers"),
+        (["output=/dev/null/run"], "/dev/null/run cannot be made"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_trained(overrides: list[str], message: str, tmp_path) -> None:
+    recipe = load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *overrides])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(recipe)
+
+
+@pytest.mark.slow
+def test_the_digits_curve_is_real(tmp_path) -> None:
+    """Most Ti-S stitches lie between their anchors, and the joint training does not ruin the anchors."""
+    result = train(f"output={tmp_path / 'run'}", launcher=LAUNCH)
+    assert result.returncode == 0, result.stderr
+    table = json.loads((tmp_path / "run" / "stitches.json").read_text())["stitches"]
+    accuracy = {stitch["id"]: stitch["metrics"]["accuracy"] for stitch in table}
+    between = [accuracy[0] <= accuracy[stitch["id"]] <= accuracy[1] for stitch in table if _anchors(stitch) == [0, 1]]
+    assert sum(between) > len(between) / 2
+    (line,) = [line for line in result.stdout.splitlines() if line.strip().startswith("anchor 0") and "." in line][:1]
+    before = [float(percent) / 100 for percent in re.findall(r"(\d+\.\d+) %", line)]
+    assert all(accuracy[anchor] > before[anchor] - 0.06 for anchor in range(3))
+
+
+def _anchors(stitch: dict) -> list[int]:
+    return [segment[0] for segment in stitch["route"]]
 
 
 @pytest.mark.parametrize(
@@ -63,9 +105,8 @@ def test_the_main_job_from_anchors_to_predictions(tmp_path) -> None:
     ],
 )
 def test_a_recipe_is_checked_before_anything_is_built(overrides: list[str], message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         load_recipe(DIGITS, overrides)
-    assert message in str(error.value)
 
 
 def test_a_file_that_is_no_recipe_is_named(tmp_path) -> None:
@@ -106,6 +147,13 @@ def test_a_training_loader_shuffles_the_same_way_for_a_seed() -> None:
     assert [len(batch["labels"]) for batch in make_loader(dataset, 4)] == [4, 4, 2]
 
 
+def test_a_random_subset_has_different_images() -> None:
+    dataset = torch.utils.data.TensorDataset(torch.arange(50.0).view(50, 1, 1, 1), torch.arange(50))
+    first, second, other = (random_subset(dataset, 20, seed).tensors[1].tolist() for seed in (0, 0, 1))
+    assert first == second != other
+    assert len(set(first)) == 20
+
+
 def test_random_affine_moves_a_little_and_zero_strength_nothing() -> None:
     x = torch.rand(6, 3, 8, 8)
     torch.testing.assert_close(random_affine(x, 0.0), x)
@@ -115,7 +163,7 @@ def test_random_affine_moves_a_little_and_zero_strength_nothing() -> None:
 
 
 def test_the_sampler_is_uniform_and_replays() -> None:
-    draws = [[stitch for stitch, _ in zip(UniformSampler(range(5), seed), range(5000))] for seed in (0, 0, 1)]
+    draws = [list(islice(UniformSampler(range(5), seed), 5000)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     counts = torch.bincount(torch.tensor(draws[0]))
     assert counts.min() > 900

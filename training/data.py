@@ -32,6 +32,12 @@ def preprocess(dataset: Dataset, processor) -> TensorDataset:
     return TensorDataset(torch.cat(pixel_values), torch.tensor(dataset["label"]))
 
 
+def random_subset(dataset: TensorDataset, number: int, seed: int) -> TensorDataset:
+    """`number` different images, drawn with a generator of their own."""
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:number]
+    return TensorDataset(*(tensor[chosen] for tensor in dataset.tensors))
+
+
 def make_loader(dataset: TensorDataset, batch_size: int, *, affine: float | None = None, seed: int = 0) -> DataLoader:
     """Batches {"pixel_values", "labels"}.
 

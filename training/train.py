@@ -7,23 +7,25 @@ everything together, one randomly drawn stitch per step.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from data import load_data, make_loader, preprocess
+from data import load_data, make_loader, preprocess, random_subset
 from recipe import Recipe, Schedule, load_recipe
 from sampling import UniformSampler
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
 from stitchable.processing import image_processor
-from stitchable.publishing import Card, save_repository
+from stitchable.publishing import Card, check_new_folder, save_repository
 
 
 def main() -> None:
@@ -33,17 +35,21 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to change in the recipe")
     arguments = parser.parse_args()
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        output = new_folder(recipe.output)
+        run(load_recipe(arguments.recipe, arguments.overrides))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    run(recipe, output)
 
 
-def run(recipe: Recipe, output: Path) -> StitchableForImageClassification:
-    """Everything a recipe asks for, from data to a folder that is a Hub repository."""
-    # A step uses the parameters of one stitch; DDP must be told, or it silently stops averaging.
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+def run(recipe: Recipe) -> StitchableForImageClassification:
+    """Everything a recipe asks for, from data to a folder that is a Hub repository.
+
+    Raises:
+        ValueError: what the recipe asks for cannot be done; as far as can be known, before anything is trained.
+    """
+    output = Path(recipe.output)
+    accelerator = make_accelerator()
+    if accelerator.is_main_process:
+        check_new_folder(output)
     say = accelerator.print
     set_seed(recipe.seed)
 
@@ -60,6 +66,7 @@ def run(recipe: Recipe, output: Path) -> StitchableForImageClassification:
     )
     processor = image_processor(model.config, crop_pct=recipe.data.crop_pct)
     train_set, test_set = preprocess(dataset["train"], processor), preprocess(dataset["test"], processor)
+    check_sizes(recipe, len(train_set))
     test_loader = make_loader(test_set, 512)
     anchors = [stitch.id for stitch in model.stitches if stitch.is_anchor]
     say(f"    {len(train_set)} training and {len(test_set)} test images; {len(model.stitches)} stitches")
@@ -73,7 +80,7 @@ def run(recipe: Recipe, output: Path) -> StitchableForImageClassification:
     say("    " + _line(before))
 
     say(f"3/6 initialising the stitching layers: {recipe.initialization.method}")
-    samples = make_loader(train_set, 100, affine=0, seed=recipe.seed)
+    samples = make_loader(random_subset(train_set, recipe.initialization.num_samples, recipe.seed), 100)
     initialize_stitches(model, samples, **recipe.initialization.model_dump())
     initialized = evaluate(model, tqdm(test_loader, desc="evaluating", disable=not accelerator.is_main_process))
     say(f"    mean accuracy of all stitches {100 * _mean_accuracy(initialized):.2f} %")
@@ -88,12 +95,50 @@ def run(recipe: Recipe, output: Path) -> StitchableForImageClassification:
 
     if accelerator.is_main_process:
         say(f"6/6 saving {output}")
-        card = Card(name=recipe.name, dataset=recipe.data.dataset, recipe=recipe.model_dump(exclude_none=True))
+        card = Card(
+            name=recipe.name,
+            dataset=recipe.data.dataset,
+            recipe=yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False),
+            accuracy_before={anchor: metrics["accuracy"] for anchor, metrics in before.items()},
+        )
         save_repository(model, output, processor, card)
         try_out(output, dataset["test"])
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return model
+
+
+def make_accelerator() -> Accelerator:
+    """An Accelerator for steps that use a part of the parameters, on whatever the launcher started.
+
+    Raises:
+        ValueError: the launcher started several processes that would not train together.
+    """
+    # DDP must be told that a step leaves parameters out, or it silently stops averaging gradients.
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without a GPU, Accelerate makes a process group of torchrun's processes only if told to stay on the CPU.
+    on_cpu = num_processes > 1 and not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[handler])
+    if accelerator.num_processes != num_processes:
+        raise ValueError(f"{num_processes} processes were started, but Accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def check_sizes(recipe: Recipe, num_images: int) -> None:
+    """Refuse batches and samples that the training set cannot fill.
+
+    Raises:
+        ValueError: names the setting, what it is, and what is possible.
+    """
+    wanted = {"training.batch_size": recipe.training.batch_size}
+    if recipe.pretraining:
+        wanted["pretraining.batch_size"] = recipe.pretraining.batch_size
+    if recipe.initialization.method == "least_squares":
+        wanted["initialization.num_samples"] = recipe.initialization.num_samples
+    for name, number in wanted.items():
+        if number > num_images:
+            raise ValueError(f"{name}={number}, but there are only {num_images} training images")
 
 
 def fit(
@@ -130,6 +175,7 @@ def fit(
             progress.update()
         progress.set_postfix(loss=f"{loss.item():.3f}")
     progress.close()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
 
 
@@ -141,18 +187,6 @@ def try_out(folder: Path, dataset, num_images: int = 4) -> None:
         for path, row in zip(paths, rows, strict=True):
             row["image"].save(path)
         subprocess.run([sys.executable, Path(__file__).with_name("try_out.py"), folder, *paths], check=True)
-
-
-def new_folder(path: str) -> Path:
-    """A folder for the results of a run.
-
-    Raises:
-        ValueError: it already holds something.
-    """
-    folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} already holds another run; choose another with output=FOLDER or remove it")
-    return folder
 
 
 def _mean_accuracy(measured: dict[int, dict[str, float]]) -> float:

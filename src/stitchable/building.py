@@ -1,5 +1,7 @@
 """From names of timm models to a config: build each on the meta device, sort by FLOPs, enumerate, count."""
 
+import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -49,16 +51,18 @@ def build_config(
         ValueError: fewer than two anchors, an unknown or unsupported architecture, anchors that differ in input size,
             channels, classes or prefix tokens or normalise pixels differently, or a space with no stitch.
     """
-    if isinstance(anchors, str) or len(anchors) < 2:
-        count = 1 if isinstance(anchors, str) else len(anchors)
+    if isinstance(anchors, str | Mapping) or len(anchors) < 2:
+        count = 1 if isinstance(anchors, str | Mapping) else len(anchors)
         raise ValueError(f"stitching needs at least two anchors, got {count}: {anchors!r}")
+    _check_settings(config, stages, image_size)
     entries = [_entry(anchor, image_size) for anchor in anchors]
     if num_labels is None and "id2label" in config:
         num_labels = len(config["id2label"])
     num_labels = _agreed([(name, cfg.get("num_classes")) for name, _, cfg in entries], "num_labels", num_labels)
+    _check_labels(num_labels, config.get("id2label"))
     image_size = _agreed([(name, _native_size(kwargs, cfg)) for name, kwargs, cfg in entries], "image_size", image_size)
     image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    num_channels = _agreed([(name, kwargs.get("in_chans", 3)) for name, kwargs, _ in entries], "in_chans in kwargs")
+    num_channels = _agreed([(name, kwargs.get("in_chans", 3)) for name, kwargs, _ in entries], "in_chans", fix="")
     for key, timm_key in (("image_mean", "mean"), ("image_std", "std")):
         config[key] = _agreed([(name, tuple(cfg[timm_key])) for name, _, cfg in entries], key, config.get(key))
 
@@ -69,7 +73,7 @@ def build_config(
         profiled.append((name, kwargs, cfg, profile_anchor(model, image_size, num_channels)))
     profiled.sort(key=lambda anchor: anchor[3].total.flops)
     profiles = [profile for *_, profile in profiled]
-    _agreed([(name, profile.shape.prefix_tokens) for name, _, _, profile in profiled], "prefix_tokens")
+    _agreed([(name, profile.shape.prefix_tokens) for name, *_, profile in profiled], "prefix tokens", fix="")
 
     shapes = [profile.shape for profile in profiles]
     stitches = enumerate_stitches(
@@ -147,13 +151,42 @@ def _native_size(kwargs: Mapping[str, Any], cfg: Mapping[str, Any]) -> tuple[int
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _agreed(values: Sequence[tuple[str, Any]], name: str, chosen: Any = None) -> Any:
+def _check_settings(config: Mapping[str, Any], stages: Any, image_size: Any) -> None:
+    known = {name for name in inspect.signature(StitchableConfig).parameters if name != "kwargs"}
+    known |= {*vars(StitchableConfig()), "num_labels"}
+    space = ["kernel_size", "stride", "stages", "direction", "nearest", "pairs", "pretrained"]
+    for name in config:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *space], n=1)
+            raise ValueError(f"there is no setting {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+    if stages is not None and not isinstance(stages, Sequence):
+        raise ValueError(f"stages must be a list of stage numbers, got {stages!r}")
+    sizes = [image_size] if isinstance(image_size, int) else image_size
+    if sizes is not None and (
+        isinstance(sizes, str)
+        or not isinstance(sizes, Sequence)
+        or len(sizes) > 2
+        or any(type(size) is not int or size < 1 for size in sizes)
+    ):
+        raise ValueError(f"image_size must be pixels or (height, width) in pixels, got {image_size!r}")
+
+
+def _check_labels(num_labels: Any, id2label: Mapping[int, str] | None) -> None:
+    if type(num_labels) is not int or num_labels < 1:
+        hint = "; these anchors have no classifier of their own" if num_labels == 0 else ""
+        raise ValueError(f"num_labels must be a positive number of classes, got {num_labels!r}{hint}; give num_labels")
+    if id2label is not None and len(id2label) != num_labels:
+        raise ValueError(f"num_labels is {num_labels}, but id2label names {len(id2label)} classes")
+
+
+def _agreed(values: Sequence[tuple[str, Any]], name: str, chosen: Any = None, fix: str | None = None) -> Any:
     """What the user chose, or else what all anchors have in common."""
     if chosen is not None:
         return chosen
     if len({value for _, value in values}) > 1:
         listed = ", ".join(f"{anchor} {value}" for anchor, value in values)
-        raise ValueError(f"the anchors differ in {name}: {listed}. Choose anchors that agree, or give {name}")
+        fix = f", or give {name}" if fix is None else fix
+        raise ValueError(f"the anchors differ in {name}: {listed}. Choose anchors that agree{fix}")
     return values[0][1]
 
 

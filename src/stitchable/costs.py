@@ -63,11 +63,11 @@ def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: in
     pixel_values = torch.empty(1, num_channels, *image_size, device=next(model.parameters()).device)
     try:
         stem_flops, features = _counted(chain.run_stem, model, pixel_values)
-        cuts, block_flops = [_cut(features, chain)], []
+        cuts, block_flops = [_cut(features, chain, image_size)], []
         for index in range(chain.depth):
             flops, features = _counted(chain.run_block, model, index, features)
             block_flops.append(flops)
-            cuts.append(_cut(features, chain))
+            cuts.append(_cut(features, chain, image_size))
         head_flops, _ = _counted(lambda x: model.forward_head(chain.run_neck(model, x)), features)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
@@ -164,11 +164,14 @@ def _weight(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> boo
     return (args[position] if len(args) > position else kwargs.get("weight")) is not None
 
 
-def _cut(features: torch.Tensor, chain: Chain) -> Cut:
+def _cut(features: torch.Tensor, chain: Chain, image_size: Sequence[int]) -> Cut:
     if chain.layout is Layout.NCHW:
         return Cut(features.shape[1], features.shape[2], features.shape[3])
     if chain.layout is Layout.NHWC:
         return Cut(features.shape[3], features.shape[1], features.shape[2])
     tokens = features.shape[1] - chain.prefix_tokens
-    side = int(tokens**0.5)
-    return Cut(features.shape[2], side, tokens // side)
+    # The grid of tokens has the proportions of the image.
+    height = max(1, round((tokens * image_size[0] / image_size[1]) ** 0.5))
+    if tokens % height:
+        raise ValueError(f"{tokens} tokens are no grid with the proportions of {image_size[0]}x{image_size[1]} pixels")
+    return Cut(features.shape[2], height, tokens // height)

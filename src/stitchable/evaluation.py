@@ -1,9 +1,11 @@
 """Measure every stitch in one pass over the data, sharing the work of stitches that begin alike."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification
 
@@ -33,23 +35,31 @@ def evaluate(
     correct = dict.fromkeys(ids, 0)
     loss = dict.fromkeys(ids, 0.0)
     count = 0
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             labels = batch["labels"].to(model.device)
             count += len(labels)
             for stitch_id, logits in run_stitches(model, batch["pixel_values"], ids):
                 correct[stitch_id] += int((logits.argmax(-1) == labels).sum())
                 loss[stitch_id] += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-    finally:
-        model.train(training)
     if count == 0:
         raise ValueError("there is no data to evaluate on: the batches are empty")
     measured = {i: {"accuracy": correct[i] / count, "loss": loss[i] / count} for i in ids}
     for stitch_id, metrics in measured.items():
         model.record(stitch_id, metrics=metrics)
     return measured
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and each of its modules back afterwards (a frozen one may have been there)."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def run_stitches(

@@ -12,11 +12,13 @@ with the samples, and each anchor runs once.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from stitchable.evaluation import evaluation_mode
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
+from stitchable.model.routes import check_integer
 from stitchable.model.stitching import to_channels_last
 
 _CHUNK = 32
@@ -26,8 +28,7 @@ Key = tuple[int, int]
 """An anchor and one of its cuts."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A place where a stitching layer is used: from cut `source` of one anchor to cut `target` of another."""
 
     source: Key
@@ -66,25 +67,22 @@ def initialize_stitches(
         return {}
     if method != "least_squares":
         raise ValueError(f"method must be 'least_squares' or 'kaiming', got {method!r}")
-    if type(num_samples) is not int or num_samples < 1:
+    if check_integer(num_samples, "num_samples") < 1:
         raise ValueError(f"num_samples must be a positive number of images, got {num_samples!r}")
 
-    training = model.training
-    model.eval()
-    try:
-        accumulator = Accumulator(places_of_layers(model))
-        _check_complete(model, accumulator.places)
+    accumulator = Accumulator(places_of_layers(model))
+    _check_complete(model, accumulator.places)
+    with evaluation_mode(model):
         for pixel_values in _first_images(batches, num_samples):
             accumulator.add(anchor_features(model, pixel_values, accumulator.places))
-    finally:
-        model.train(training)
     statistics = {name: accumulator.statistics(name) for name in layers}
-    for name, statistic in statistics.items():
+    for name in layers:
         needed = layers[name].in_features + 1
-        if statistic.count < needed:
+        rows = accumulator.distinct_rows(name)
+        if rows < needed:
             raise ValueError(
                 f"stitching layer {name} maps {needed - 1} channels and needs at least {needed} rows, but "
-                f"{num_samples} images give {statistic.count}; pass a larger num_samples"
+                f"{num_samples} images give {rows}; pass a larger num_samples"
             )
     residuals = {}
     for name, statistic in statistics.items():
@@ -106,10 +104,11 @@ def places_of_layers(model: StitchablePreTrainedModel) -> dict[str, list[Place]]
 
 @dataclass
 class LeastSquares:
-    """Sufficient statistics of min ||A W^T + 1 b^T - B||_F, all in float64.
+    """Sufficient statistics of min ||A W^T + 1 b^T - B||_F, all in float64, A and B measured from two origins.
 
     Attributes:
         count: rows N.
+        origin_a, origin_b: points near the means, (D1,) and (D2,), that were subtracted from every row of A and B.
         sum_a, sum_b: 1^T A of shape (D1,) and 1^T B of shape (D2,).
         gram: A^T A, (D1, D1).
         cross: A^T B, (D1, D2).
@@ -117,6 +116,8 @@ class LeastSquares:
     """
 
     count: int
+    origin_a: torch.Tensor
+    origin_b: torch.Tensor
     sum_a: torch.Tensor
     sum_b: torch.Tensor
     gram: torch.Tensor
@@ -131,14 +132,21 @@ class LeastSquares:
         mean_a, mean_b = self.sum_a / self.count, self.sum_b / self.count
         gram = self.gram - torch.outer(self.sum_a, mean_a)
         cross = self.cross - torch.outer(self.sum_a, mean_b)
+        # In units of each channel's own deviation, so that a massive channel does not make the others look dead.
+        # A channel that varies no more than float32 rounds it is dead.
+        deviation = gram.diagonal().clamp(min=0).sqrt()
+        epsilon = torch.finfo(torch.float32).eps
+        rounding = 4 * epsilon * self.count**0.5 * (self.origin_a + mean_a).abs()
+        scale = torch.where(deviation > rounding, 1 / deviation, 0)
+        gram, cross = scale[:, None] * gram * scale, scale[:, None] * cross
         eigenvalues, eigenvectors = torch.linalg.eigh(gram)
         # Eigenvalues are squares of singular values of A, whose entries were computed in float32: what is smaller than
         # its rounding is noise.
-        threshold = eigenvalues[-1] * (len(gram) * torch.finfo(torch.float32).eps) ** 2
+        threshold = eigenvalues[-1] * (len(gram) * epsilon) ** 2
         inverse = torch.where(eigenvalues > threshold, 1 / eigenvalues, 0)
         projected = eigenvectors.T @ cross
-        weight = (eigenvectors @ (inverse[:, None] * projected)).T
-        bias = mean_b - weight @ mean_a
+        weight = (scale[:, None] * (eigenvectors @ (inverse[:, None] * projected))).T
+        bias = self.origin_b + mean_b - weight @ (self.origin_a + mean_a)
         total = self.square_b - self.count * mean_b.square().sum()
         explained = (inverse[:, None] * projected.square()).sum()
         residual = (1 - explained / total).clamp(min=0).sqrt() if total > 0 else torch.zeros(())
@@ -148,7 +156,8 @@ class LeastSquares:
 class Accumulator:
     """The sums behind every stitching layer's `LeastSquares`, batch by batch.
 
-    What several layers share (1^T A and A^T A of a cut) is kept once per cut; A^T B is kept per layer.
+    What several layers share (1^T A and A^T A of a cut) is kept once per cut; A^T B is kept per layer. Everything is
+    summed about a fixed point near the mean, the `shift` of each cut, or large means would drown small variations.
     """
 
     def __init__(self, places: Mapping[str, Sequence[Place]]) -> None:
@@ -156,6 +165,7 @@ class Accumulator:
         self.places = places
         self.sources = {place.source for shared in places.values() for place in shared}
         self.counts: Counter[Key] = Counter()
+        self.shifts: dict[Key, torch.Tensor] = {}
         self.totals: dict[Key, torch.Tensor] = {}
         self.squares: dict[Key, torch.Tensor] = {}
         self.grams: dict[Key, torch.Tensor] = {}
@@ -163,12 +173,16 @@ class Accumulator:
 
     def add(self, features: Mapping[Key, torch.Tensor]) -> None:
         """Add the features (rows, channels) of every cut that a layer reads or writes."""
-        rows = {key: x.to(_product_dtype(x.device)) for key, x in features.items()}
+        # Apple's GPUs have no float64.
+        features = {key: x.cpu() if x.device.type == "mps" else x for key, x in features.items()}
+        rows = {}
         for key, x in features.items():
+            x = x.to(_product_dtype(x.device))
+            x = rows[key] = x - self.shifts.setdefault(key, x.mean(0))
             self.counts[key] += len(x)
             wide = x.double() if key in self.sources else x
             _add(self.totals, key, wide.sum(0))
-            _add(self.squares, key, x.float().square().sum())
+            _add(self.squares, key, x.square().sum())
             if key in self.sources:
                 _add(self.grams, key, wide.T @ wide)
         for name, shared in self.places.items():
@@ -177,16 +191,39 @@ class Accumulator:
                 first, *others = [rows[place.target] for place in shared if place.source == source]
                 _add(self.crosses, name, rows[source].T @ sum(others, first))
 
+    def distinct_rows(self, name: str) -> int:
+        """Rows of A that a layer is fitted on, each counted once however many positions it serves."""
+        return sum(self.counts[source] for source in {place.source for place in self.places[name]})
+
     def statistics(self, name: str) -> LeastSquares:
         """The statistics of one stitching layer, over all its positions."""
         shared = self.places[name]
+        # Cuts have shifts of their own; a layer needs one origin for all its sources, and one for all its targets.
+        origin_a, origin_b = (self.shifts[key].double() for key in (shared[0].source, shared[0].target))
+        sums: dict[str, torch.Tensor] = {"cross": self.crosses[name].clone()}
+        for source, target in shared:
+            count = self.counts[source]
+            move_a, move_b = self.shifts[source] - origin_a, self.shifts[target] - origin_b
+            total_a, total_b = self.totals[source], self.totals[target]
+            _add(sums, "a", total_a + count * move_a)
+            _add(sums, "b", total_b + count * move_b)
+            outer = torch.outer(total_a, move_a)
+            _add(sums, "gram", self.grams[source] + outer + outer.T + count * torch.outer(move_a, move_a))
+            _add(
+                sums,
+                "cross",
+                torch.outer(total_a, move_b) + torch.outer(move_a, total_b) + count * torch.outer(move_a, move_b),
+            )
+            _add(sums, "square", self.squares[target] + 2 * total_b @ move_b + count * move_b @ move_b)
         return LeastSquares(
             count=sum(self.counts[place.source] for place in shared),
-            sum_a=torch.stack([self.totals[place.source] for place in shared]).sum(0),
-            sum_b=torch.stack([self.totals[place.target] for place in shared]).sum(0),
-            gram=torch.stack([self.grams[place.source] for place in shared]).sum(0),
-            cross=self.crosses[name],
-            square_b=torch.stack([self.squares[place.target] for place in shared]).sum(0),
+            origin_a=origin_a,
+            origin_b=origin_b,
+            sum_a=sums["a"],
+            sum_b=sums["b"],
+            gram=sums["gram"],
+            cross=sums["cross"],
+            square_b=sums["square"],
         )
 
 
@@ -244,11 +281,19 @@ def _add(sums: dict[Any, torch.Tensor], key: Any, value: torch.Tensor) -> None:
 def _first_images(batches: Iterable[Any], num_samples: int) -> Iterable[torch.Tensor]:
     seen = 0
     for batch in batches:
+        if isinstance(batch, Mapping) and "pixel_values" not in batch:
+            raise ValueError(f"a batch must hold 'pixel_values', it has {sorted(batch)}")
         pixel_values = batch["pixel_values"] if isinstance(batch, Mapping) else batch
-        if isinstance(pixel_values, (tuple, list)):
+        if isinstance(pixel_values, tuple | list):
             pixel_values = pixel_values[0]
+        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4:
+            raise ValueError(f"pixel values must be batches of images (N, C, H, W), got {_describe(pixel_values)}")
         yield from pixel_values[: num_samples - seen].split(_CHUNK)
         seen += min(len(pixel_values), num_samples - seen)
         if seen == num_samples:
             return
     raise ValueError(f"least squares was asked to fit {num_samples} images, but the batches hold only {seen}")
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

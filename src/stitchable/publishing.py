@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import BaseImageProcessor
 
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
-from stitchable.model.routes import Stitch, pareto_front
+from stitchable.model.routes import Stitch, find_stitch, pareto_front
 from stitchable.plots import flops_unit, plot_stitches
 
 FIGURE = "accuracy_flops.png"
@@ -28,13 +26,15 @@ class Card:
         name: of the model, as in the title and the snippet.
         dataset: what it was trained and measured on.
         license: an SPDX identifier as the Hub writes it.
-        recipe: the settings it was trained with; printed in full.
+        recipe: the settings it was trained with, as text; printed in full.
+        accuracy_before: accuracy of the anchors, by stitch id, before they were trained together.
     """
 
     name: str
     dataset: str
     license: str = "apache-2.0"
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+    accuracy_before: Mapping[int, float] = field(default_factory=dict)
 
 
 def save_repository(
@@ -52,8 +52,7 @@ def save_repository(
         ValueError: the folder holds something, or no stitch was measured.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; nothing was written")
+    check_new_folder(folder)
     names = short_names(model)
     figure = plot_stitches(model.stitches, names)
     model.save_pretrained(folder)
@@ -62,6 +61,20 @@ def save_repository(
     table = {"anchors": names, "stitches": [stitch.to_dict() for stitch in model.stitches]}
     (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1) + "\n")
     make_card(model, card).save(folder / "README.md")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that holds something, and make sure that one can be written.
+
+    Raises:
+        ValueError: it holds another run, is a file, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder {folder} cannot be made: {error.strerror}") from None
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder} already holds another run; choose a new folder, or remove it")
 
 
 def make_card(model: StitchableForImageClassification, card: Card) -> ModelCard:
@@ -92,7 +105,12 @@ def make_card(model: StitchableForImageClassification, card: Card) -> ModelCard:
         table=stitch_table(stitches, names),
         front=stitch_table(pareto_front(stitches), names),
         budget=f"{_middle(anchors or measured).flops:.3g}",
-        recipe=yaml.safe_dump(dict(card.recipe), sort_keys=False) if card.recipe else "",
+        recipe=card.recipe,
+        before=[
+            {"name": names[anchor], "before": f"{100 * accuracy:.2f}", "after": f"{100 * after:.2f}"}
+            for anchor, accuracy in card.accuracy_before.items()
+            for after in (find_stitch(stitches, anchor).metrics["accuracy"],)
+        ],
         versions=", ".join(
             [
                 f"stitchable {STITCHABLE_VERSION}",

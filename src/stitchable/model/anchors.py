@@ -46,8 +46,8 @@ class Adapter:
         layout: the layout of the features from the stem to the last block.
         stem: what turns pixel values into the features of cut 0, in order.
         stages: names of the stages; "layers.*" stands for every child of `layers`. A stage is a module with a child
-            `blocks` (what stands before it, such as `downsample`, then belongs to the stage's first block), or else a
-            sequence of blocks.
+            `blocks` (what stands before it, such as `downsample`, then belongs to the stage's first block, and what
+            stands after it to the last), or else a sequence of blocks.
         neck: what follows the last block before timm's `forward_head`, such as a final norm. It belongs to the head.
         stem_modules: further submodules that the operations of the stem use.
     """
@@ -97,6 +97,8 @@ def register_anchor(model_class: type[nn.Module], adapter: Adapter | Callable[[T
         model_class: the class that `timm.create_model` returns. Subclasses are served too, as long as they inherit its
             `forward_features`.
         adapter: where the parts of its models are, or a function that says so for one model.
+
+    The registration holds for this process: a checkpoint of such models loads where the same call was made before.
     """
     _ADAPTERS[model_class] = adapter
 
@@ -130,7 +132,7 @@ def create_timm_model(
     """`timm.create_model` with an error that helps; `num_classes=None` means the architecture's own.
 
     Raises:
-        ValueError: timm does not know the architecture (the nearest names are suggested).
+        ValueError: timm does not know the architecture (the nearest names are suggested) or refuses the kwargs.
     """
     if not isinstance(architecture, str):
         raise ValueError(f"an architecture is the name of a timm model, got {architecture!r}")
@@ -141,7 +143,10 @@ def create_timm_model(
             f"timm {timm.__version__} has no model {architecture!r}"
             + (f"; the nearest are {', '.join(near)}" if near else "; timm.list_models() lists them all")
         )
-    return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **(kwargs or {}))
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **(kwargs or {}))
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"timm cannot make {architecture!r} with {dict(kwargs or {})}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -245,6 +250,10 @@ def _blocks_of_stage(model: TimmModel, stage: str) -> list[tuple[str, ...]]:
     children = [name for name, _ in model.get_submodule(stage).named_children()]
     if "blocks" not in children:
         return [(f"{stage}.{name}",) for name in children]
-    before = tuple(f"{stage}.{name}" for name in children[: children.index("blocks")])
-    blocks = [f"{stage}.blocks.{name}" for name, _ in model.get_submodule(f"{stage}.blocks").named_children()]
-    return [((*before, name) if index == 0 else (name,)) for index, name in enumerate(blocks)]
+    blocks: list[tuple[str, ...]] = [
+        (f"{stage}.blocks.{name}",) for name, _ in model.get_submodule(f"{stage}.blocks").named_children()
+    ]
+    place = children.index("blocks")
+    blocks[0] = (*(f"{stage}.{name}" for name in children[:place]), *blocks[0])
+    blocks[-1] = (*blocks[-1], *(f"{stage}.{name}" for name in children[place + 1 :]))
+    return blocks

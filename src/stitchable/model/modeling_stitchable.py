@@ -5,6 +5,7 @@ Stitchable Neural Networks, Pan, Cai, Zhuang, CVPR 2023 (https://arxiv.org/abs/2
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,9 +50,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if not config.anchors:
             raise ValueError("this config has no anchors; make one with StitchableConfig.from_anchors([...])")
-        find_stitch(
-            self.stitches, config.stitch_id
-        )  # from_pretrained(..., stitch_id=...) sets it after the config's check
+        self._stitches: tuple[Stitch, ...] = tuple(Stitch.from_dict(stitch) for stitch in config.stitches)
+        # Again, because from_pretrained(..., stitch_id=...) sets it after the config was checked.
+        find_stitch(self._stitches, config.stitch_id)
         self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
         self.gradient_checkpointing = False
         self._plans = {stitch.id: _plan(stitch) for stitch in self.stitches}
@@ -60,8 +61,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         self.stitching_layers = self._build_stitching_layers()
         if self.device.type != "meta":
             # timm has initialised its layers in its own way; transformers would do it over in post_init.
-            for module in self.modules():
-                setattr(module, "_is_hf_initialized", module is not self)  # noqa: B010
+            for module in (*self.anchors.modules(), *self.stitching_layers.modules()):
+                setattr(module, "_is_hf_initialized", True)  # noqa: B010  # a flag of transformers, unknown to mypy
         self.post_init()
         if config.num_labels_of_costs not in (None, config.num_labels):
             logger.warning_once(
@@ -74,7 +75,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
     @property
     def stitches(self) -> tuple[Stitch, ...]:
         """Every stitch of this model, in the order of the config."""
-        return tuple(Stitch.from_dict(stitch) for stitch in self.config.stitches)
+        return self._stitches
 
     @property
     def stitch(self) -> Stitch:
@@ -128,9 +129,11 @@ class StitchablePreTrainedModel(PreTrainedModel):
         unknown = set(figures) - {"flops", "params", "latency_ms", "metrics"}
         if unknown:
             raise ValueError(f"a stitch has no figure {sorted(unknown)}; it has flops, params, latency_ms and metrics")
-        index = [entry["id"] for entry in self.config.stitches].index(stitch.id)
-        self.config.stitches[index] = {**self.config.stitches[index], **figures}
-        return self._find(stitch_id)
+        recorded = replace(stitch, **figures)
+        index = self._stitches.index(stitch)
+        self._stitches = (*self._stitches[:index], recorded, *self._stitches[index + 1 :])
+        self.config.stitches[index] = recorded.to_dict()
+        return recorded
 
     def _find(self, stitch_id: int | None) -> Stitch:
         return find_stitch(self.stitches, self.config.stitch_id if stitch_id is None else stitch_id)
@@ -263,16 +266,18 @@ class StitchablePreTrainedModel(PreTrainedModel):
 
     def _build_stitching_layers(self) -> nn.ModuleDict:
         layers: dict[str, StitchingLayer] = {}
+        shared: dict[str, tuple[int, int, Layout, Layout, tuple[int, int]]] = {}
         for stitch in self.stitches:
             for name, front, back in stitch.joints:
                 arguments = self._arguments_of_layer(stitch, front, back)
                 if name not in layers:
                     layers[name] = StitchingLayer(*arguments)
-                elif (layers[name].in_features, layers[name].out_features) != arguments[:2]:
+                elif shared[name] != arguments:
                     raise ValueError(
-                        f"stitch {stitch.id}: stitching layer {name} would map {arguments[0]} to {arguments[1]} "
-                        f"channels, elsewhere it maps {layers[name].in_features} to {layers[name].out_features}"
+                        f"stitch {stitch.id}: stitching layer {name} joins other cuts elsewhere: (channels in and out, "
+                        f"layouts, grid) would be {arguments}, there they are {shared[name]}"
                     )
+                shared[name] = arguments
         pairs: dict[str, dict[str, nn.Module]] = {}
         for name, layer in layers.items():
             pair, index = name.split(".")

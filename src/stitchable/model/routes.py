@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-_LAYER_NAME = re.compile(r"(\d+)-(\d+)\.(\d+)")
+_NUMBER = r"(0|[1-9]\d*)"
+_LAYER_NAME = re.compile(rf"{_NUMBER}-{_NUMBER}\.{_NUMBER}")
 
 
 class Segment(NamedTuple):
@@ -80,9 +81,13 @@ class AnchorShape:
         Raises:
             ValueError: a key is missing, or depth, stages and cuts disagree.
         """
-        missing = [key for key in ("depth", "stages", "cuts", "layout") if key not in anchor]
+        missing = [key for key in ("architecture", "depth", "stages", "cuts", "layout") if key not in anchor]
         if missing:
             raise ValueError(f"an anchor of the config lacks {missing}; it has {sorted(anchor)}")
+        if anchor["layout"] not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"the layout of an anchor is 'NCHW', 'NHWC' or 'NLC', got {anchor['layout']!r}")
+        if not all(_is_list(cut) and len(cut) == 3 and all(type(n) is int for n in cut) for cut in anchor["cuts"]):
+            raise ValueError(f"the cuts of an anchor are [channels, height, width] each, got {anchor['cuts']}")
         shape = cls(
             stages=tuple(anchor["stages"]),
             cuts=tuple(Cut(*cut) for cut in anchor["cuts"]),
@@ -157,11 +162,16 @@ class Stitch:
                 f"a stitch is {{id, route, layers, flops, params, latency_ms, metrics}} with at least id and route; "
                 f"got {sorted(stitch)}"
             )
-        for segment in stitch["route"]:
+        route, layers = stitch["route"], stitch.get("layers", ())
+        if not _is_list(route) or not all(_is_list(segment) for segment in route):
+            raise ValueError(f"stitch {stitch['id']}: the route must be a list of segments, got {route!r}")
+        if not _is_list(layers) or not all(isinstance(name, str) for name in layers):
+            raise ValueError(f"stitch {stitch['id']}: layers must be a list of names, got {layers!r}")
+        for segment in route:
             if len(segment) != 3 or not all(type(number) is int for number in segment):
                 raise ValueError(f"stitch {stitch['id']}: segment {segment} is not [anchor, start, stop] in integers")
-        route = tuple(Segment(*segment) for segment in stitch["route"])
-        return cls(**{**stitch, "route": route, "layers": tuple(stitch.get("layers", ()))})
+        segments = tuple(Segment(*segment) for segment in route)
+        return cls(**{**stitch, "route": segments, "layers": tuple(layers)})
 
 
 def layer_name(front: int, back: int, index: int) -> str:
@@ -180,7 +190,7 @@ def check_stitches(stitches: Sequence[Stitch], depths: Sequence[int]) -> None:
         raise ValueError("the config has no stitch; a stitchable model needs at least one")
     times = Counter(stitch.id for stitch in stitches)
     for stitch in stitches:
-        _check_integer(stitch.id, "stitch id")
+        check_integer(stitch.id, "stitch id")
         if times[stitch.id] > 1:
             raise ValueError(f"stitch id {stitch.id} occurs {times[stitch.id]} times; ids must be unique")
         problem = _problem_of_route(stitch, depths)
@@ -226,7 +236,7 @@ def find_stitch(stitches: Sequence[Stitch], stitch_id: int | None) -> Stitch:
     Raises:
         ValueError: not an integer, or no stitch has it.
     """
-    wanted = _check_integer(stitch_id, "stitch_id")
+    wanted = check_integer(stitch_id, "stitch_id")
     for stitch in stitches:
         if stitch.id == wanted:
             return stitch
@@ -253,7 +263,7 @@ def best_within(
         flops: upper bound on multiply-adds plus normalisation terms, per image.
         params: upper bound on parameters.
         latency_ms: upper bound on milliseconds per call; only calibrated stitches have one.
-        metric: the key of `Stitch.metrics` to maximise.
+        metric: the key of `Stitch.metrics` to maximise; one that is better when higher.
 
     Raises:
         ValueError: no bound, a bound that is no positive number, a bound on something no stitch carries, a metric no
@@ -273,7 +283,7 @@ def best_within(
         asked = ", ".join(f"{name} <= {bound:g}" for name, bound in bounds.items())
         cheapest = "; ".join(f"by {name} {_cheapest(stitches, name)}" for name in bounds)
         raise ValueError(f"no stitch is within {asked}; the cheapest is, {cheapest}")
-    measured = [stitch for stitch in affordable if metric in stitch.metrics]
+    measured = [stitch for stitch in affordable if math.isfinite(stitch.metrics.get(metric, math.nan))]
     if measured:
         return max(measured, key=lambda stitch: (stitch.metrics[metric], -(stitch.flops or 0)))
     return max(affordable, key=lambda stitch: stitch.flops or 0)
@@ -282,14 +292,27 @@ def best_within(
 def pareto_front(stitches: Iterable[Stitch], metric: str = "accuracy") -> list[Stitch]:
     """The measured stitches that no other beats in both FLOPs and metric, cheapest first."""
     front: list[Stitch] = []
-    measured = [stitch for stitch in stitches if metric in stitch.metrics and stitch.flops is not None]
+    measured = [
+        stitch
+        for stitch in stitches
+        if math.isfinite(stitch.metrics.get(metric, math.nan)) and stitch.flops is not None
+    ]
     for stitch in sorted(measured, key=lambda stitch: (stitch.flops, -stitch.metrics[metric])):
         if not front or stitch.metrics[metric] > front[-1].metrics[metric]:
             front.append(stitch)
     return front
 
 
-def _check_integer(value: Any, name: str) -> int:
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def check_integer(value: Any, name: str) -> int:
+    """`value` as an int.
+
+    Raises:
+        ValueError: it is not an integer (a boolean is none here).
+    """
     # bool is an int in Python, but set_stitch(True) is a mistake.
     if isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, got {value!r}")
@@ -310,6 +333,8 @@ def _check_bound(bound: Any, name: str) -> float:
 
 
 def _check_metric(stitches: Sequence[Stitch], metric: str) -> None:
+    if metric == "loss":
+        raise ValueError("a budget maximises its metric, and a loss is better when it is lower; choose another")
     known = {name for stitch in stitches for name in stitch.metrics}
     if known and metric not in known:
         raise ValueError(f"no stitch has been measured by {metric!r}; there are {sorted(known)}")

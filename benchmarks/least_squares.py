@@ -10,6 +10,7 @@ position, then the mean over the positions of a layer.
 """
 
 import argparse
+import statistics
 import time
 
 import torch
@@ -21,7 +22,8 @@ from stitchable import StitchableForImageClassification
 from stitchable.initialization import Accumulator, Key, Place, anchor_features, places_of_layers
 
 ANCHORS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
-BATCH = 32  # as many images as initialize_stitches holds at once
+REPEATS = 3  # rounds in turn; the median of each is reported
+BATCH = 16  # as many images as initialize_stitches holds at once
 
 
 def main() -> None:
@@ -36,19 +38,16 @@ def main() -> None:
     with torch.no_grad():
         features = [anchor_features(model, batch, places) for batch in tqdm(batches, desc="anchors")]
 
-        # Both do a small piece of their work first: the first seconds of a process are slower than the rest.
-        some = {name: places[name] for name in list(places)[:2]}
-        least_squares(some, features[:1])
-        pseudo_inverses(some, features[0])
-
-        started = time.perf_counter()
-        ours = least_squares(places, features)
-        seconds_ours = time.perf_counter() - started
-
         whole = {key: torch.cat([batch[key] for batch in features]) for key in features[0]}
-        started = time.perf_counter()
-        baseline = pseudo_inverses(places, whole)
-        seconds_baseline = time.perf_counter() - started
+        times: dict[str, list[float]] = {"ours": [], "pinv": []}
+        for _ in tqdm(range(REPEATS), desc="rounds"):
+            started = time.perf_counter()
+            ours = least_squares(places, features)
+            times["ours"].append(time.perf_counter() - started)
+            started = time.perf_counter()
+            baseline = pseudo_inverses(places, whole)
+            times["pinv"].append(time.perf_counter() - started)
+    seconds_ours, seconds_baseline = statistics.median(times["ours"]), statistics.median(times["pinv"])
 
     rows = {}
     for name, shared in places.items():
@@ -90,7 +89,7 @@ def least_squares(places: dict[str, list[Place]], features: list[dict[Key, torch
 def pseudo_inverses(places: dict[str, list[Place]], features: dict[Key, torch.Tensor]) -> dict[str, tuple]:
     """One pseudo-inverse per position, averaged per layer."""
     solutions = {}
-    for name, shared in tqdm(places.items(), desc="pseudo-inverses"):
+    for name, shared in places.items():
         each = []
         for place in shared:
             a = features[place.source]

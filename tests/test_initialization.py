@@ -61,8 +61,8 @@ def test_each_anchor_runs_once_per_batch_whatever_the_number_of_stitches() -> No
     calls = []
     for anchor in model.anchors:
         anchor.patch_embed.register_forward_hook(lambda *_: calls.append(1))
-    initialize_stitches(model, images("vit", 60).split(30), num_samples=60)
-    assert len(calls) == 2 * 2
+    initialize_stitches(model, images("vit", 45).split(15), num_samples=45)
+    assert len(calls) == 2 * 3
 
 
 @pytest.mark.parametrize("spoil", ["dead", "collinear", "constant target"])

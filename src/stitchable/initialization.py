@@ -21,7 +21,7 @@ from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.routes import check_integer
 from stitchable.model.stitching import to_channels_last
 
-_CHUNK = 32
+_CHUNK = 16
 """Images whose features are held at once, however large a batch is."""
 
 Key = tuple[int, int]
@@ -180,16 +180,14 @@ class Accumulator:
             x = x.to(_product_dtype(x.device))
             x = rows[key] = x - self.shifts.setdefault(key, x.mean(0))
             self.counts[key] += len(x)
-            wide = x.double() if key in self.sources else x
-            _add(self.totals, key, wide.sum(0))
-            _add(self.squares, key, x.square().sum())
+            _add(self.totals, key, x.sum(0))
+            _add(self.squares, key, torch.linalg.vector_norm(x).double().square())
             if key in self.sources:
-                _add(self.grams, key, wide.T @ wide)
+                _add(self.grams, key, _gram(x.double()))
         for name, shared in self.places.items():
-            # A layer's A^T B is a sum over its positions: those with one source need one product, not one each.
-            for source in dict.fromkeys(place.source for place in shared):
-                first, *others = [rows[place.target] for place in shared if place.source == source]
-                _add(self.crosses, name, rows[source].T @ sum(others, first))
+            for sources, targets in _products(shared):
+                a, b = (sum((rows[key] for key in keys[1:]), rows[keys[0]]) for keys in (sources, targets))
+                _add(self.crosses, name, a.T @ b)
 
     def distinct_rows(self, name: str) -> int:
         """Rows of A that a layer is fitted on, each counted once however many positions it serves."""
@@ -269,6 +267,29 @@ def _product_dtype(device: torch.device) -> torch.dtype:
     bits (TF32), which is too little.
     """
     return torch.float32 if device.type == "cpu" else torch.float64
+
+
+def _products(places: Sequence[Place]) -> list[tuple[list[Key], list[Key]]]:
+    """A layer's A^T B, a sum over its places, in as few products as its sources with different targets.
+
+    Sources that share all their targets are added first: a whole window of k x k places needs one product, not k^2.
+    """
+    targets_of: dict[Key, list[Key]] = {}
+    for place in places:
+        targets_of.setdefault(place.source, []).append(place.target)
+    sources_of: dict[tuple[Key, ...], list[Key]] = {}
+    for source, targets in targets_of.items():
+        sources_of.setdefault(tuple(sorted(targets)), []).append(source)
+    return [(sources, list(targets)) for targets, sources in sources_of.items()]
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """x^T x at three quarters of the work: it is symmetric, so one of its four blocks is another one transposed."""
+    half = x.shape[1] // 2
+    left, right = x[:, :half], x[:, half:]
+    upper = left.T @ x
+    lower = torch.cat([upper[:, half:].T, right.T @ right], dim=1)
+    return torch.cat([upper, lower])
 
 
 def _add(sums: dict[Any, torch.Tensor], key: Any, value: torch.Tensor) -> None:

@@ -118,7 +118,10 @@ def test_reloading_restores_every_parameter_and_buffer(name: str, tmp_path) -> N
             assert torch.equal(saved, loaded), key
     assert reloaded.stitches == model.stitches
     for stitch in some(model.stitches):
-        assert torch.equal(reloaded(x, stitch_id=stitch.id).logits, model(x, stitch_id=stitch.id).logits)
+        # Not to the bit: loaded tensors lie elsewhere in memory, and some convolutions round by alignment.
+        torch.testing.assert_close(
+            reloaded(x, stitch_id=stitch.id).logits, model(x, stitch_id=stitch.id).logits, rtol=1e-4, atol=1e-5
+        )
 
 
 @ALL
@@ -128,7 +131,9 @@ def test_an_extracted_stitch_saves_and_loads_like_any_model(name: str, tmp_path)
     stitch = model.stitches[-1]
     model.extract(stitch.id).save_pretrained(tmp_path)
     reloaded = StitchableForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(reloaded(x).logits, model(x, stitch_id=stitch.id).logits)
+    whole = model.state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in reloaded.state_dict().items())
+    torch.testing.assert_close(reloaded(x).logits, model(x, stitch_id=stitch.id).logits, rtol=1e-4, atol=1e-5)
 
 
 @ALL

@@ -54,7 +54,7 @@ def plot_stitches(stitches: Sequence[Stitch], anchor_names: Sequence[str], metri
         zorder=1,
         label="Pareto front",
     )
-    axes.set_xlabel(f"{unit} per image (one multiply-add = 1)")
+    axes.set_xlabel(f"{unit} per image (multiply-adds plus normalisation terms)")
     axes.set_ylabel(f"{metric} (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

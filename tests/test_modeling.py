@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from families import NUM_LABELS, images, make
+from safetensors.torch import load_file, save_file
 from stitchable import StitchableForImageClassification, StitchableModel, update_costs
 
 
@@ -205,6 +206,18 @@ def test_a_new_model_keeps_timms_initialisation() -> None:
     weight = StitchableForImageClassification(config).anchors[0].conv1.weight
     # Kaiming normal by fan out; transformers would have given 0.02.
     assert abs(weight.std() - (2 / (64 * 49)) ** 0.5) < 0.002
+
+
+def test_stitching_layers_that_a_checkpoint_lacks_start_as_pytorch_starts_them(model, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = {key: value for key, value in load_file(file).items() if not key.startswith("stitching_layers.")}
+    save_file(weights, file, metadata={"format": "pt"})
+    layer = StitchableForImageClassification.from_pretrained(tmp_path).get_stitching_layer("0-1.0")
+    bound = layer.in_features**-0.5  # Kaiming uniform of a 1x1 convolution
+    for parameter in (layer.weight, layer.bias):
+        assert parameter.abs().max() <= bound
+        assert parameter.abs().max() > 0.7 * bound
 
 
 def test_the_auto_classes_know_the_type(model, tmp_path) -> None:

@@ -104,7 +104,7 @@ def make_card(model: StitchableForImageClassification, card: Card) -> ModelCard:
         ],
         table=stitch_table(stitches, names),
         front=stitch_table(pareto_front(stitches), names),
-        budget=f"{_middle(anchors or measured).flops:.3g}",
+        budget=_middle(anchors or measured).flops,
         recipe=card.recipe,
         before=[
             {"name": names[anchor], "before": f"{100 * accuracy:.2f}", "after": f"{100 * after:.2f}"}

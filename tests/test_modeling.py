@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from families import NUM_LABELS, images, make
-from safetensors.torch import load_file, save_file
 from stitchable import StitchableForImageClassification, StitchableModel, update_costs
 
 

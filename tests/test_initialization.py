@@ -136,6 +136,7 @@ def test_positions_with_different_means_share_one_layer() -> None:
     for start in (0, 150):
         accumulator.add({key: x[start : start + (150 if start == 0 else 250)] for key, x in features.items()})
     weight, bias, residual = accumulator.statistics("0-1.0").solve()
+    assert accumulator.distinct_rows("0-1.0") == 800  # of two sources, though three places are fitted
     a = torch.cat([features[place.source] for place in places]).double()
     b = torch.cat([features[place.target] for place in places]).double()
     ones = torch.cat([a, torch.ones(len(a), 1)], dim=1).double()

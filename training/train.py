@@ -64,8 +64,9 @@ def run(recipe: Recipe) -> StitchableForImageClassification:
         image_std=recipe.data.image_std,
         **recipe.space.model_dump(),
     )
-    # The same weights everywhere until here; from now on each process augments in its own way.
-    set_seed(recipe.seed, device_specific=True)
+    if accelerator.process_index:
+        # The same weights everywhere until here; from now on each further process augments in its own way.
+        torch.manual_seed(recipe.seed + accelerator.process_index)
     processor = image_processor(model.config, crop_pct=recipe.data.crop_pct)
     train_set, test_set = preprocess(dataset["train"], processor), preprocess(dataset["test"], processor)
     check_sizes(recipe, len(train_set))

@@ -10,7 +10,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from stitchable.costs import cost_of_stitch, profile_anchor
+from stitchable.costs import cost_of_stitch, profile_architecture
 from stitchable.model.anchors import create_timm_model
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.space import Direction, Pairs, default_pairs, default_stages, enumerate_stitches
@@ -66,11 +66,10 @@ def build_config(
     for key, timm_key in (("image_mean", "mean"), ("image_std", "std")):
         config[key] = _agreed([(name, tuple(cfg[timm_key])) for name, _, cfg in entries], key, config.get(key))
 
-    profiled = []
-    for name, kwargs, cfg in entries:
-        with torch.device("meta"):
-            model = create_timm_model(name, kwargs, num_classes=num_labels)
-        profiled.append((name, kwargs, cfg, profile_anchor(model, image_size, num_channels)))
+    profiled = [
+        (name, kwargs, cfg, profile_architecture(name, kwargs, num_labels, image_size, num_channels))
+        for name, kwargs, cfg in entries
+    ]
     profiled.sort(key=lambda anchor: anchor[3].total.flops)
     profiles = [profile for *_, profile in profiled]
     _agreed([(name, profile.shape.prefix_tokens) for name, *_, profile in profiled], "prefix tokens", fix="")

@@ -6,7 +6,7 @@ GroupNorm, 2 per element of a BatchNorm in evaluation mode (4 and 1 where they h
 of an adaptive average pooling. Other elementwise operations, softmax and activations count as nothing there and here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,19 @@ def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: in
     )
 
 
+def profile_architecture(
+    architecture: str, kwargs: Mapping[str, Any], num_labels: int | None, image_size: Sequence[int], num_channels: int
+) -> AnchorProfile:
+    """The profile of an architecture that need not be in memory: it is built on the meta device.
+
+    Raises:
+        ValueError: as `create_timm_model` and `profile_anchor`.
+    """
+    with torch.device("meta"):
+        model = create_timm_model(architecture, kwargs, num_classes=num_labels)
+    return profile_anchor(model, image_size, num_channels)
+
+
 def cost_of_layer(source: AnchorShape, stop: int, target: AnchorShape, start: int) -> Cost:
     """The stitching layer from cut `stop` of one anchor to cut `start` of another, bias included in the parameters."""
     cut, channels = source.cuts[stop], target.cuts[start].channels
@@ -114,11 +127,12 @@ def update_costs(model: StitchablePreTrainedModel) -> None:
     Metrics and latencies, which no longer hold, are dropped.
     """
     config = model.config
-    profiles = []
-    for entry in config.anchors:
-        with torch.device("meta"):
-            anchor = create_timm_model(entry["architecture"], entry["kwargs"], num_classes=config.num_labels)
-        profiles.append(profile_anchor(anchor, config.image_size, config.num_channels))
+    profiles = [
+        profile_architecture(
+            entry["architecture"], entry["kwargs"], config.num_labels, config.image_size, config.num_channels
+        )
+        for entry in config.anchors
+    ]
     for stitch in model.stitches:
         cost = cost_of_stitch(stitch, profiles)
         model.record(stitch.id, flops=cost.flops, params=cost.params, latency_ms=None, metrics={})

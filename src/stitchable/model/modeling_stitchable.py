@@ -265,23 +265,19 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return parts
 
     def _build_stitching_layers(self) -> nn.ModuleDict:
-        layers: dict[str, StitchingLayer] = {}
         shared: dict[str, tuple[int, int, Layout, Layout, tuple[int, int]]] = {}
         for stitch in self.stitches:
             for name, front, back in stitch.joints:
                 arguments = self._arguments_of_layer(stitch, front, back)
-                if name not in layers:
-                    layers[name] = StitchingLayer(*arguments)
-                elif shared[name] != arguments:
+                if shared.setdefault(name, arguments) != arguments:
                     raise ValueError(
                         f"stitch {stitch.id}: stitching layer {name} joins other cuts elsewhere: (channels in and out, "
                         f"layouts, grid) would be {arguments}, there they are {shared[name]}"
                     )
-                shared[name] = arguments
         pairs: dict[str, dict[str, nn.Module]] = {}
-        for name, layer in layers.items():
+        for name, arguments in shared.items():
             pair, index = name.split(".")
-            pairs.setdefault(pair, {})[index] = layer
+            pairs.setdefault(pair, {})[index] = StitchingLayer(*arguments)
         return nn.ModuleDict({pair: nn.ModuleDict(members) for pair, members in pairs.items()})
 
     def _arguments_of_layer(

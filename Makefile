@@ -30,6 +30,8 @@ format: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/least_squares.py
+	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/sampling.py
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

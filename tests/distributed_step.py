@@ -1,32 +1,54 @@
-"""Run by test_distributed.py on two processes: one data-parallel step of one stitch, its gradients compared."""
+"""Run by test_distributed.py on two processes: data-parallel steps that use a part of the parameters."""
 
 import torch
 
 from families import images, make
-from train import make_accelerator
+from loop import Stitches
+from plan import make_accelerator, start_processes
 
 
 def main() -> None:
-    """Print, on the main process, how the averaged gradients compare with those of the whole batch on one process."""
+    """Print, on the main process, how gradients compare, and what a later step of another stitch leaves alone."""
+    start_processes()
     accelerator = make_accelerator()
     model, x, labels = make("vit"), images("vit", 8), torch.arange(8) % 5
     reference = make("vit")
     reference(x, labels=labels, stitch_id=4).loss.backward()
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
 
-    wrapped = accelerator.prepare(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    wrapped, optimizer = accelerator.prepare(Stitches(model), optimizer)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    accelerator.backward(wrapped(x[mine], labels=labels[mine], stitch_id=4).loss)
-    worst = 0.0
+    (logits,) = wrapped(x[mine], (4,))
+    accelerator.backward(torch.nn.functional.cross_entropy(logits, labels[mine]))
+    worst = torch.zeros(())
     used = 0
-    for name, parameter in accelerator.unwrap_model(wrapped).named_parameters():
+    for name, parameter in model.named_parameters():
         if expected[name] is None:
-            assert parameter.grad is None or not parameter.grad.any(), name
+            assert parameter.grad is None, name
             continue
         used += parameter.numel()
-        worst = max(worst, float((parameter.grad - expected[name]).abs().max()))
-    everyone = accelerator.gather(torch.tensor([worst]))
-    accelerator.print(f"processes {accelerator.num_processes} used {used} worst {float(everyone.max())}", flush=True)
+        worst = torch.maximum(worst, (parameter.grad - expected[name]).abs().max())
+        # Not only nearly those of one process: the very same on both.
+        both = accelerator.gather(parameter.grad[None])
+        assert torch.equal(both[0], both[1]), name
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    # Stitch 4 has optimiser state now. An anchor's step must move nothing that it does not use.
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    (logits,) = wrapped(x[mine], (0,))
+    accelerator.backward(torch.nn.functional.cross_entropy(logits, labels[mine]))
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved, "the step moved nothing"
+    assert all(name.startswith("anchors.0.") for name in moved), moved
+    total = sum(parameter.numel() for parameter in model.parameters())
+    worst = accelerator.gather(worst[None]).max()
+    accelerator.print(
+        f"processes {accelerator.num_processes} used {used} of {total} worst {float(worst)} moved {len(moved)}",
+        flush=True,
+    )
     accelerator.end_training()
 
 

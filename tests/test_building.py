@@ -1,9 +1,12 @@
 """`StitchableConfig.from_anchors`: any order, agreement, defaults, and what it refuses."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from families import FAMILIES, make, randomise
 from stitchable import StitchableConfig, StitchableForImageClassification
@@ -58,6 +61,7 @@ def test_an_image_size_reaches_architectures_that_fix_it() -> None:
         ([vit(), vit(in_chans=1)], {}, "differ in in_chans"),
         ([vit(num_classes=7), vit()], {}, "cannot hold .*num_classes.*num_labels"),
         ([{"name": "resnet18"}, "resnet50"], {}, "a timm name or"),
+        ([{"architecture": "resnet18", "weight": "a.pth"}, "resnet50"], {}, "a timm name or .*'weights'"),
         (["resnet18", "resnet50"], {"stages": [9]}, "distinct numbers"),
         ([vit(), vit(embed_dim=16)], {"pairs": "forward", "kernel_size": 1}, "no stitch"),
         ([vit(img_size=32), vit(img_size=32)], {"image_size": 64}, "cannot take images of 3x64x64"),
@@ -108,3 +112,118 @@ def test_pretrained_weights_are_timms(num_labels: int, tmp_path) -> None:
         assert torch.equal(model.anchors[index].forward_features(x), source.forward_features(x))
         assert torch.equal(model(x, stitch_id=index).logits, source(x)) == (num_labels == 4)
     assert model.config.anchors[0]["pretrained"]
+
+
+WIDTHS = {"channels": [8] * 4}
+
+
+def save_resnet(path: Path, num_classes: int = 4, seed: int = 0, name: str = "resnet18", **kwargs: object) -> nn.Module:
+    """A tiny ResNet with random weights, which are also in the file: bare, or below "state_dict" as after training."""
+    model = randomise(timm.create_model(name, num_classes=num_classes, **{**WIDTHS, **kwargs}), seed).eval()
+    if path.suffix == ".safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        wrapped = {f"module.{key}": value for key, value in model.state_dict().items()}
+        torch.save({"epoch": 3, "state_dict": wrapped}, path)
+    return model
+
+
+def resnet(weights: object, **kwargs: object) -> dict:
+    return {"architecture": "resnet18", "kwargs": {**WIDTHS, **kwargs}, "weights": weights}
+
+
+def from_files(*anchors: dict, **settings: object) -> StitchableForImageClassification:
+    return StitchableForImageClassification.from_anchors(anchors, image_size=32, **settings).eval()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".th"])
+@torch.no_grad()
+def test_weights_from_a_file_are_what_timm_loads_from_it(suffix: str, tmp_path) -> None:
+    small, large = (tmp_path / f"{name}{suffix}" for name in ("small", "large"))
+    sources = [save_resnet(small, seed=1), save_resnet(large, seed=2, channels=[12] * 4)]
+    model = from_files(resnet(str(large), channels=[12] * 4), resnet(small))
+    assert model.config.num_labels == 4  # of the files, though timm's resnet18 has 1000
+    # Where it came from is noted, without folders of this machine, and nothing else of it is in the config.
+    assert [anchor["pretrained"] for anchor in model.config.anchors] == [small.name, large.name]
+    assert str(tmp_path) not in model.config.to_json_string()
+    x = torch.randn(2, 3, 32, 32)
+    for index, (source, path) in enumerate(zip(sources, (small, large), strict=True)):
+        twin = timm.create_model(
+            "resnet18",
+            pretrained=True,
+            num_classes=4,
+            pretrained_cfg_overlay={"file": str(path), "num_classes": 4},
+            **model.config.anchors[index]["kwargs"],
+        ).eval()
+        for key, value in twin.state_dict().items():
+            assert torch.equal(model.anchors[index].state_dict()[key], value), key
+        assert torch.equal(model(x, stitch_id=index).logits, source(x))
+
+
+@torch.no_grad()
+def test_weights_with_other_classes_get_new_classifiers(tmp_path) -> None:
+    sources = [save_resnet(tmp_path / "a.pth", seed=1), save_resnet(tmp_path / "b.pth", seed=2, channels=[12] * 4)]
+    model = from_files(resnet(tmp_path / "a.pth"), resnet(tmp_path / "b.pth", channels=[12] * 4), num_labels=7)
+    x = torch.randn(2, 3, 32, 32)
+    for index, source in enumerate(sources):
+        assert torch.equal(model.anchors[index].forward_features(x), source.forward_features(x))
+        assert model(x, stitch_id=index).logits.shape == (2, 7)
+
+
+@torch.no_grad()
+def test_anchors_alike_but_for_their_weights_keep_their_order(tmp_path) -> None:
+    """Equal architecture, kwargs, FLOPs and file name: two runs of one training, say."""
+    paths = [tmp_path / run / "model.pth" for run in ("b", "a")]
+    for path in paths:
+        path.parent.mkdir()
+    sources = [save_resnet(path, seed=seed) for seed, path in enumerate(paths)]
+    model = from_files(*(resnet(path) for path in paths))
+    x = torch.randn(2, 3, 32, 32)
+    for index, source in enumerate(sources):
+        assert torch.equal(model(x, stitch_id=index).logits, source(x))
+
+
+@torch.no_grad()
+def test_weights_come_before_all_that_timm_knows(tmp_path) -> None:
+    """Also before those of a timm folder, and of an overlay among the kwargs."""
+    folder = tmp_path / "folder"
+    timm.models.save_for_hf(save_resnet(tmp_path / "a.pth", seed=1), folder, model_args=WIDTHS)
+    save_resnet(tmp_path / "b.pth", seed=2)
+    source = save_resnet(tmp_path / "c.pth", seed=3)
+    anchors = [
+        {"architecture": f"local-dir:{folder}", "weights": tmp_path / "c.pth"},
+        resnet(tmp_path / "c.pth", pretrained_cfg_overlay={"file": str(tmp_path / "b.pth")}),
+    ]
+    model = from_files(*anchors)
+    x = torch.randn(2, 3, 32, 32)
+    for index in range(2):
+        assert torch.equal(model(x, stitch_id=index).logits, source(x))
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
+    good, broken = tmp_path / "good.pth", tmp_path / "broken.pth"
+    save_resnet(good)
+    broken.write_bytes(b"no checkpoint")
+    (tmp_path / "broken.safetensors").write_bytes(b"no checkpoint")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save(nn.Linear(1, 1), tmp_path / "module.pth")  # weights_only refuses to run what a file brings
+    for name in ("broken.pth", "broken.safetensors", "list.pth", "module.pth"):
+        with pytest.raises(ValueError, match=f"anchor 'resnet18': the weights .*{name}' cannot be read"):
+            from_files(resnet(good), resnet(tmp_path / name))
+    save_resnet(tmp_path / "wider.pth", channels=[12] * 4)
+    save_resnet(tmp_path / "deeper.pth", name="resnet34")
+    for name in ("wider.pth", "deeper.pth"):
+        for num_labels in (4, 7):  # also where the classifier is not taken
+            with pytest.raises(ValueError, match=f"anchor 'resnet18': the weights .*{name}' do not fit: RuntimeError"):
+                from_files(resnet(good), resnet(tmp_path / name), num_labels=num_labels)
+    for absent in (tmp_path / "absent.pth", tmp_path, "", 3):
+        with pytest.raises(ValueError, match="anchor 'resnet18': weights must be a checkpoint file, there is none at"):
+            from_files(resnet(good), resnet(absent))
+
+
+def test_weights_need_pretrained(tmp_path) -> None:
+    save_resnet(tmp_path / "a.pth")
+    for make_it in (from_files, lambda *anchors, **settings: StitchableConfig.from_anchors(anchors, **settings)):
+        with pytest.raises(ValueError, match=r"anchor 'resnet18' has weights=.*pretrained=False"):
+            make_it(resnet(tmp_path / "a.pth"), resnet(None), pretrained=False)
+    assert from_files(resnet(None), resnet(None, channels=[12] * 4), pretrained=False, num_labels=2)

@@ -1,11 +1,25 @@
 """Every stitch over one pass of the data."""
 
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from families import NUM_LABELS, images, make
-from stitchable import evaluate
+from stitchable import evaluate, evaluation
 from stitchable.evaluation import run_stitches
+
+TESTS = Path(__file__).parent
 
 
 def batches(name: str, sizes: tuple[int, ...] = (5, 3)) -> list[dict[str, torch.Tensor]]:
@@ -27,7 +41,8 @@ def test_it_equals_running_each_stitch_alone(name: str) -> None:
     assert list(measured) == [stitch.id for stitch in model.stitches]
     for stitch in model.stitches:
         output = model(x, labels=labels, stitch_id=stitch.id)
-        assert measured[stitch.id]["accuracy"] == float((output.logits.argmax(-1) == labels).float().mean())
+        assert measured[stitch.id]["accuracy"] == float((output.logits.argmax(-1) == labels).double().mean())
+        assert measured[stitch.id]["top5_accuracy"] == 1  # of five classes
         assert measured[stitch.id]["loss"] == pytest.approx(float(output.loss.detach()), rel=1e-4)
         assert stitch.metrics == measured[stitch.id]
 
@@ -47,15 +62,177 @@ def test_sharing_changes_no_bit_and_runs_common_beginnings_once() -> None:
     assert num_shared < len(ran) - num_shared
 
 
-def test_some_stitches_only() -> None:
+def test_some_stitches_only_and_other_figures_stay() -> None:
     model = make("vit")
-    assert set(evaluate(model, batches("vit"), [0, 4])) == {0, 4}
+    model.record(4, metrics={"images_per_second": 7.0, "accuracy": 2.0})
+    measured = evaluate(model, batches("vit"), [0, 4])
+    assert set(measured) == {0, 4}
     assert model.stitches[5].metrics == {}
+    assert model.stitches[4].metrics == {"images_per_second": 7.0, **measured[4]}
+
+
+def test_ignored_samples_count_in_no_figure() -> None:
+    model, data = make("vit"), batches("vit", (5,))
+    expected = evaluate(model, [{name: tensor[[0, 1, 3]] for name, tensor in data[0].items()}])
+    data[0]["labels"][[2, 4]] = -100
+    measured = evaluate(model, data)
+    for stitch_id, metrics in measured.items():
+        assert metrics == pytest.approx(expected[stitch_id], rel=1e-5)
 
 
 def test_bad_input_is_named() -> None:
     model = make("vit")
     with pytest.raises(ValueError, match="the batches are empty"):
         evaluate(model, [])
+    with pytest.raises(ValueError, match="the batches are empty"):
+        evaluate(model, [{"pixel_values": images("vit"), "labels": torch.full((2,), -100)}])
     with pytest.raises(ValueError, match="stitch_id 99"):
         evaluate(model, batches("vit"), [0, 99])
+    with pytest.raises(ValueError, match="names no stitch"):
+        evaluate(model, batches("vit"), [])
+    for label in (5, -1):
+        with pytest.raises(ValueError, match=rf"label {label} is none of the model's classes 0\.\.4"):
+            evaluate(model, [{"pixel_values": images("vit"), "labels": torch.tensor([0, label])}])
+
+
+class _Stop(Exception):
+    pass
+
+
+def stopping(data: list, after: int):
+    yield from data[:after]
+    raise _Stop
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "_SECONDS_BETWEEN_SAVES", 0)
+    model, data, path = make("vit"), batches("vit", (3, 3, 3, 3)), tmp_path / "partial"
+    expected = evaluate(model, data)
+    with pytest.raises(_Stop):
+        evaluate(model, stopping(data, 2), checkpoint=path)
+    read = []
+    resumed = evaluate(model, (read.append(1) or batch for batch in data), checkpoint=path)
+    assert resumed == expected
+    assert len(read) == 4  # an iterable has to be read, though not measured; a DataLoader skips
+    assert not path.exists()
+
+    samples = [{name: tensor[i] for name, tensor in batch.items()} for batch in data for i in range(3)]
+    drawn = []
+
+    class Samples(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(samples)
+
+        def __getitem__(self, index: int) -> dict:
+            drawn.append(index)
+            if len(drawn) == 9 and not path.with_suffix(".second").exists():
+                path.with_suffix(".second").touch()
+                raise _Stop
+            return samples[index]
+
+    with pytest.raises(_Stop):
+        evaluate(model, DataLoader(Samples(), 3), checkpoint=path)
+    drawn.clear()
+    assert evaluate(model, DataLoader(Samples(), 3), checkpoint=path) == expected
+    assert drawn == list(range(6, 12))
+
+
+def test_the_forward_pass_is_in_the_precision_of_the_accelerator() -> None:
+    model, data = make("vit"), batches("vit")
+    seen = set()
+    run_head = model.run_head
+    model.run_head = lambda *arguments: (logits := run_head(*arguments), seen.add(logits.dtype))[0]
+    evaluate(
+        model,
+        data,
+        [0],
+        accelerator=SimpleNamespace(
+            autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+            gather_for_metrics=lambda rows: rows,
+            is_main_process=True,
+        ),
+    )
+    assert seen == {torch.bfloat16}
+
+
+def test_a_checkpoint_of_another_evaluation_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "_SECONDS_BETWEEN_SAVES", 0)
+    model, data, path = make("vit"), batches("vit", (3, 3, 3)), tmp_path / "partial"
+    with pytest.raises(_Stop):
+        evaluate(model, stopping(data, 1), checkpoint=path)
+    with pytest.raises(ValueError, match="another evaluation, with other stitches"):
+        evaluate(model, data, [0], checkpoint=path)
+    with pytest.raises(ValueError, match="with other weights"):
+        evaluate(make("vit", seed=3), data, checkpoint=path)
+    with pytest.raises(ValueError, match="with other batch size"):
+        evaluate(model, DataLoader([{"pixel_values": images("vit")[0], "labels": 1}], 1), checkpoint=path)
+    with pytest.raises(ValueError, match="with other batch size: a batch has 2 samples, there it had 3"):
+        evaluate(model, batches("vit", (2, 2, 2)), checkpoint=path)
+    two = SimpleNamespace(num_processes=2, mixed_precision="bf16", is_main_process=True)
+    with pytest.raises(ValueError, match="with other number of processes, precision;"):
+        evaluate(model, data, accelerator=two, checkpoint=path)
+    model.bfloat16()
+    with pytest.raises(ValueError, match="with other weights"):
+        evaluate(model, data, checkpoint=path)
+    path.write_text("something else")
+    with pytest.raises(ValueError, match="partial is no checkpoint of an evaluation"):
+        evaluate(model, data, checkpoint=path)
+    assert path.read_text() == "something else"
+
+
+@pytest.mark.parametrize(("num_images", "batch_size"), [(11, 2), (3, 4)])
+def test_two_processes_count_every_sample_once(num_images: int, batch_size: int, tmp_path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(TESTS / "distributed_evaluation.py"), str(num_images), str(batch_size), str(tmp_path / "partial")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stderr
+    printed = [json.loads(line) for line in re.findall(r"RESULT (.*?) END", result.stdout)]
+    model, x = make("vit"), images("vit", num_images)
+    labels = torch.arange(num_images) % NUM_LABELS
+    labels[2] = -100
+    expected = evaluate(model, [{"pixel_values": x, "labels": labels}], [0, 4, 2])
+    num_batches = math.ceil(num_images / (2 * batch_size))
+    assert len(printed) == 2
+    for process in printed:
+        assert process["samples"] > num_images  # the processes did fill up their last batches
+        assert process["collectives"] == num_batches
+        assert process["resumed"] == process["figures"]
+        assert process["measured_again"] == num_batches - process["measured_before"]
+        assert "label 7 is none" in process["error"]  # though only one process had it
+        for stitch_id, metrics in process["figures"].items():
+            assert metrics == pytest.approx(expected[int(stitch_id)], rel=1e-5)
+
+
+def test_a_killed_evaluation_leaves_what_it_measured(tmp_path) -> None:
+    """A process killed by SIGKILL in the middle, its work taken up in this one."""
+    code = f"""
+import sys, time; sys.path.insert(0, {str(TESTS)!r})
+import torch; torch.set_num_threads(1)
+from stitchable import evaluate, evaluation
+from test_evaluation import batches, make
+evaluation._SECONDS_BETWEEN_SAVES = 0
+def slow():
+    for number, batch in enumerate(batches("vit", (3,) * 6)):
+        print(number, flush=True)
+        time.sleep(0 if number < 3 else 100)
+        yield batch
+evaluate(make("vit"), slow(), checkpoint={str(tmp_path / "partial")!r})
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        while process.stdout.readline().strip() != "3":
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / "partial").exists()
+    model, data = make("vit"), batches("vit", (3,) * 6)
+    ran = []
+    run_head = model.run_head
+    model.run_head = lambda *arguments: ran.append(1) or run_head(*arguments)
+    started = time.monotonic()
+    resumed = evaluate(model, data, checkpoint=tmp_path / "partial")
+    assert time.monotonic() - started < 60
+    assert len(ran) == 3 * len(model.stitches)
+    model.run_head = run_head
+    for stitch_id, metrics in evaluate(model, data).items():
+        assert resumed[stitch_id] == pytest.approx(metrics, rel=1e-5)

@@ -1,23 +1,106 @@
-"""Which stitch a training step runs. Every draw comes from a generator of its own, so that a run can be replayed."""
+"""Which stitches a training step runs.
+
+Every draw is a function of the seed, the step and the process, with a generator of its own: nothing needs to be saved,
+any step can be replayed, and no other random number of the run is touched.
+"""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Literal
+
+from stitchable import Stitch
+
+Method = Literal["uniform", "flops_bins", "sandwich"]
+AcrossProcesses = Literal["same", "similar", "independent"]
 
 
-class UniformSampler:
-    """Each stitch equally likely, step by step (algorithm 1, line 5, of Pan et al., CVPR 2023).
+class StitchSampler:
+    """Draws the stitches of each step.
 
-    Processes that share the seed draw the same stitch, so that a data-parallel step averages gradients of one network.
+    Args:
+        stitches: of the model.
+        stitch_ids: those to draw from; all of them if None.
+        method: "uniform", each stitch equally likely (algorithm 1, line 5, of Pan et al., CVPR 2023); "flops_bins",
+            each of `num_bins` equal ranges of FLOPs (those that hold a stitch) equally often, uniform inside;
+            "sandwich", a uniform stitch with the anchors it connects (appendix D), the largest anchor first.
+        num_bins: number of ranges of "flops_bins".
+        across_processes: "same" draws one stitch for all processes; "similar" gives each a different one of the
+            stitches nearest in FLOPs to one draw, so that none waits long; "independent" lets each draw for itself.
+        num_processes: how many processes train together.
+        seed: of all draws.
+
+    Raises:
+        ValueError: nothing to draw from, an unknown id, or a sandwich without stitches or anchors.
     """
 
-    def __init__(self, stitch_ids: Sequence[int], seed: int) -> None:
-        """Draw from `stitch_ids`, which must not be empty."""
-        if not stitch_ids:
+    def __init__(
+        self,
+        stitches: Sequence[Stitch],
+        stitch_ids: Sequence[int] | None = None,
+        *,
+        method: Method = "uniform",
+        num_bins: int = 10,
+        across_processes: AcrossProcesses = "same",
+        num_processes: int = 1,
+        seed: int = 0,
+    ) -> None:
+        by_id = {stitch.id: stitch for stitch in stitches}
+        unknown = [i for i in stitch_ids or [] if i not in by_id]
+        if unknown:
+            raise ValueError(f"there is no stitch {unknown[0]} to draw; this model has {min(by_id)}..{max(by_id)}")
+        drawn = [by_id[i] for i in stitch_ids] if stitch_ids is not None else list(stitches)
+        self._anchors = {stitch.route[0].anchor: stitch for stitch in stitches if stitch.is_anchor}
+        if method == "sandwich":
+            drawn = [stitch for stitch in drawn if not stitch.is_anchor]
+            _check_sandwich(drawn, self._anchors)
+        if not drawn:
             raise ValueError("there is no stitch to draw")
-        self.stitch_ids = list(stitch_ids)
-        self._random = random.Random(seed)
+        self._by_flops = sorted(drawn, key=lambda stitch: (stitch.flops or 0, stitch.id))
+        self._bins = _bins(self._by_flops, num_bins) if method == "flops_bins" else [self._by_flops]
+        self._method, self._across, self._seed, self._num_processes = method, across_processes, seed, num_processes
 
-    def __iter__(self) -> Iterator[int]:
-        """Stitch ids without end."""
-        while True:
-            yield self._random.choice(self.stitch_ids)
+    def draw(self, step: int, process: int = 0) -> tuple[int, ...]:
+        """The ids that a process runs at a step, counted from 0: one, or with "sandwich" the largest anchor first."""
+        if self._across == "independent":
+            stitch = self._draw(step, random.Random(f"{self._seed} {step} {process}"))
+        else:
+            generator = random.Random(f"{self._seed} {step}")
+            stitch = self._draw(step, generator)
+            if self._across == "similar":
+                near = sorted(self._by_flops, key=lambda other: abs((other.flops or 0) - (stitch.flops or 0)))
+                near = near[: self._num_processes]
+                generator.shuffle(near)
+                stitch = near[process % len(near)]
+        if self._method != "sandwich":
+            return (stitch.id,)
+        anchors = [self._anchors[number] for number in {segment.anchor for segment in stitch.route}]
+        anchors.sort(key=lambda anchor: anchor.flops or 0)
+        return (anchors[-1].id, stitch.id, *(anchor.id for anchor in anchors[:-1]))
+
+    def draw_all(self, step: int) -> list[tuple[int, ...]]:
+        """What each process runs at a step."""
+        return [self.draw(step, process) for process in range(self._num_processes)]
+
+    def _draw(self, step: int, generator: random.Random) -> Stitch:
+        # Every cycle of as many steps as there are bins goes through all of them, in an order of its own.
+        cycle, place = divmod(step, len(self._bins))
+        order = random.Random(f"{self._seed} cycle {cycle}").sample(range(len(self._bins)), len(self._bins))
+        return generator.choice(self._bins[order[place]])
+
+
+def _bins(by_flops: Sequence[Stitch], num_bins: int) -> list[list[Stitch]]:
+    lowest, highest = (by_flops[place].flops or 0 for place in (0, -1))
+    width = (highest - lowest) / num_bins or 1
+    bins: dict[int, list[Stitch]] = {}
+    for stitch in by_flops:
+        number = min(int(((stitch.flops or 0) - lowest) / width), num_bins - 1)
+        bins.setdefault(number, []).append(stitch)
+    return list(bins.values())
+
+
+def _check_sandwich(drawn: Sequence[Stitch], anchors: dict[int, Stitch]) -> None:
+    if not drawn:
+        raise ValueError("a sandwich needs a stitch between anchors to draw")
+    missing = {segment.anchor for stitch in drawn for segment in stitch.route} - set(anchors)
+    if missing:
+        raise ValueError(f"a sandwich runs the anchors too, but anchor {min(missing)} is not among the stitches")

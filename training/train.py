@@ -1,203 +1,283 @@
 """Make a stitchable model: anchors in, one checkpoint with every stitch trained and measured out.
 
-    accelerate launch training/train.py --recipe training/recipes/digits.yaml key.path=value ...
+    accelerate launch training/train.py --recipe training/recipes/digits.yaml key.path=value ... [--resume]
 
 Algorithm 1 of Stitchable Neural Networks (Pan et al., CVPR 2023): fit the stitching layers by least squares, then train
 everything together, one randomly drawn stitch per step.
 """
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
+from torch.utils.data import DataLoader
+from transformers import BaseImageProcessor
 
-from data import load_data, make_loader, preprocess, random_subset
+from checkpoints import Checkpoints, RunStopped, check_same_recipe, read_progress, write_recipe
+from data import Splits, TrainingLoader, decode, load_data, make_test_loader, make_training_loader, sample_images
+from loop import Loop, Phase, PhaseState
+from losses import StitchLoss, load_teacher
+from plan import check_plan, check_sizes, make_accelerator, make_model, make_sampler, micro_batch_size, start_processes
 from recipe import Recipe, Schedule, load_recipe
-from sampling import UniformSampler
+from sampling import StitchSampler
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
 from stitchable.processing import image_processor
 from stitchable.publishing import Card, check_new_folder, save_repository
+from stitchable.throughput import measure_throughput
+
+Metrics = dict[int, dict[str, float]]
 
 
 def main() -> None:
     """Run a recipe from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", required=True, help="a YAML file, such as training/recipes/digits.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run of this recipe and output")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to change in the recipe")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # --resume may stand among the overrides
     try:
-        run(load_recipe(arguments.recipe, arguments.overrides))
-    except ValueError as error:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        start_processes()
+        run(recipe, resume=arguments.resume)
+        if PartialState().is_main_process:
+            try_out(recipe)
+    except (ValueError, RunStopped, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; --resume goes on from the last checkpoint")
 
 
-def run(recipe: Recipe) -> StitchableForImageClassification:
+def run(recipe: Recipe, resume: bool = False) -> StitchableForImageClassification:
     """Everything a recipe asks for, from data to a folder that is a Hub repository.
 
+    Args:
+        recipe: as `load_recipe` returns it.
+        resume: whether to go on from the last checkpoint in its run folder.
+
     Raises:
-        ValueError: what the recipe asks for cannot be done; as far as can be known, before anything is trained.
+        ValueError: what the recipe asks for cannot be done; as far as can be known, before anything is downloaded.
+        RunStopped: the training was interrupted or its loss is not finite.
     """
-    output = Path(recipe.output)
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(recipe.trackers, recipe.run_folder)
+    check_plan(recipe, accelerator)
     if accelerator.is_main_process:
-        check_new_folder(output)
-    say = accelerator.print
-    set_seed(recipe.seed)
-
-    say(f"1/6 data: {recipe.data.dataset}")
-    dataset = load_data(recipe.data)
-    names = dataset["train"].features["label"].names
-    model = StitchableForImageClassification.from_anchors(
-        [anchor.model_dump() for anchor in recipe.anchors],
-        pretrained=recipe.pretraining is None,
-        id2label=dict(enumerate(names)),
-        image_mean=recipe.data.image_mean,
-        image_std=recipe.data.image_std,
-        **recipe.space.model_dump(),
-    )
-    if accelerator.process_index:
-        # The same weights everywhere until here; from now on each further process augments in its own way.
-        torch.manual_seed(recipe.seed + accelerator.process_index)
-    processor = image_processor(model.config, crop_pct=recipe.data.crop_pct)
-    train_set, test_set = preprocess(dataset["train"], processor), preprocess(dataset["test"], processor)
-    check_sizes(recipe, len(train_set))
-    test_loader = make_loader(test_set, 512)
-    anchors = [stitch.id for stitch in model.stitches if stitch.is_anchor]
-    say(f"    {len(train_set)} training and {len(test_set)} test images; {len(model.stitches)} stitches")
-
-    if recipe.pretraining:
-        say(f"2/6 pretraining {len(anchors)} anchors")
-        for anchor in anchors:
-            fit(accelerator, model, train_set, recipe.pretraining, [anchor], recipe.seed, f"anchor {anchor}")
-    model.to(accelerator.device)
-    before = evaluate(model, test_loader, anchors)
-    say("    " + _line(before))
-
-    say(f"3/6 initialising the stitching layers: {recipe.initialization.method}")
-    samples = make_loader(random_subset(train_set, recipe.initialization.num_samples, recipe.seed), 100)
-    initialize_stitches(model, samples, **recipe.initialization.model_dump())
-    initialized = evaluate(model, tqdm(test_loader, desc="evaluating", disable=not accelerator.is_main_process))
-    say(f"    mean accuracy of all stitches {100 * _mean_accuracy(initialized):.2f} %")
-
-    say("4/6 training all stitches together")
-    fit(accelerator, model, train_set, recipe.training, [s.id for s in model.stitches], recipe.seed, "all stitches")
-
-    say("5/6 evaluating all stitches")
-    after = evaluate(model, tqdm(test_loader, desc="evaluating", disable=not accelerator.is_main_process))
-    say(f"    mean accuracy of all stitches {100 * _mean_accuracy(after):.2f} %")
-    say("    " + _line({anchor: after[anchor] for anchor in anchors}))
-
-    if accelerator.is_main_process:
-        say(f"6/6 saving {output}")
-        card = Card(
-            name=recipe.name,
-            dataset=recipe.data.dataset,
-            recipe=yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False),
-            accuracy_before={anchor: metrics["accuracy"] for anchor, metrics in before.items()},
-        )
-        save_repository(model, output, processor, card)
-        try_out(output, dataset["test"])
+        check_new_folder(Path(recipe.output))
+        if resume:
+            check_same_recipe(recipe)
+        else:
+            write_recipe(recipe)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers(recipe.name, config=_scalars(recipe.model_dump()))
+    model = _Run(recipe, accelerator, resume).finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return model
 
 
-def make_accelerator() -> Accelerator:
-    """An Accelerator for steps that use a part of the parameters, on whatever the launcher started.
+class _Run:
+    """The stages of a run, and what they share."""
 
-    Raises:
-        ValueError: the launcher started several processes that would not train together.
-    """
-    # DDP must be told that a step leaves parameters out, or it silently stops averaging gradients.
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # Without a GPU, Accelerate makes a process group of torchrun's processes only if told to stay on the CPU.
-    on_cpu = num_processes > 1 and not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[handler])
-    if accelerator.num_processes != num_processes:
-        raise ValueError(f"{num_processes} processes were started, but Accelerate sees {accelerator.num_processes}")
-    return accelerator
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, resume: bool) -> None:
+        self.recipe, self.accelerator, self.say = recipe, accelerator, accelerator.print
+        set_seed(recipe.seed)  # the same weights on every process
+        self.say(f"1/6 data: {recipe.data.dataset}")
+        with accelerator.main_process_first():
+            self.data: Splits = load_data(recipe.data)
+        self.num_images = recipe.data.num_train_images if recipe.data.streaming else len(self.data.train)
+        check_sizes(recipe, self.num_images)
+        self.model = make_model(recipe, self.data.class_names)
+        self.model.to(accelerator.device)
+        # From here on each process draws in its own way (drop path).
+        set_seed(recipe.seed, device_specific=True)
+        self.processor: BaseImageProcessor = image_processor(
+            self.model.config, crop_pct=recipe.data.crop_pct, interpolation=recipe.data.interpolation
+        )
+        self.test_loader: DataLoader = make_test_loader(
+            self.data.test, recipe.data, self.processor, recipe.evaluation.batch_size, accelerator
+        )
+        self.teacher = None
+        if recipe.distillation and recipe.distillation.teacher:
+            self.teacher = load_teacher(recipe.distillation.teacher, self.model.config).to(accelerator.device)
+        self.checkpoints = Checkpoints(recipe.run_folder, recipe.checkpoints.keep)
+        self.checkpoint = self.checkpoints.latest() if resume else None
+        progress = read_progress(self.checkpoint) if self.checkpoint else {"phase": -1, "step": 0, "results": {}}
+        self.phase_of_checkpoint, self.step_of_checkpoint = progress["phase"], progress["step"]
+        state = PhaseState()
+        accelerator.register_for_checkpointing(state)
+        self.loop = Loop(accelerator, self.model, self.checkpoints, state, recipe.checkpoints.every, recipe.run_folder)
+        self.loop.results = self.results = {
+            stage: {int(stitch_id): metrics for stitch_id, metrics in measured.items()}
+            for stage, measured in progress["results"].items()
+        }
+        self.anchors = [stitch.id for stitch in self.model.stitches if stitch.is_anchor]
+
+    def finish(self) -> StitchableForImageClassification:
+        """Run what is left of the stages."""
+        self.say(f"    {len(self.model.stitches)} stitches of {len(self.anchors)} anchors")
+        self.pretrain()
+        joint = len(self.anchors) if self.recipe.pretraining else 0
+        if self.phase_of_checkpoint < joint:
+            self.initialize()
+        self.train_together(joint)
+        self.say("5/6 evaluating")
+        trained = self.measure(self.recipe.evaluation.stitches, "trained")
+        self.say(f"    {_summary(trained, self.anchors)}")
+        if self.accelerator.is_main_process:
+            self.publish()
+        return self.model
+
+    def pretrain(self) -> None:
+        """Train each anchor alone, where the recipe says so, and measure them all."""
+        schedule = self.recipe.pretraining
+        if schedule:
+            self.say(f"2/6 pretraining {len(self.anchors)} anchors")
+            for number, anchor in enumerate(self.anchors):
+                sampler = StitchSampler(self.model.stitches, [anchor])
+                loss = StitchLoss(schedule.label_smoothing)
+                self.fit(Phase(number, f"anchor {anchor}", schedule, sampler, loss))
+        if "before" not in self.results:
+            self.say(f"    {_summary(self.measure(self.anchors, 'before'), self.anchors)}")
+
+    def initialize(self) -> None:
+        """Fit the stitching layers and measure every stitch before the joint training."""
+        settings = self.recipe.initialization
+        self.say(f"3/6 initialising the stitching layers: {settings.method}")
+        samples: Iterable = ()
+        if settings.method == "least_squares":
+            samples = sample_images(
+                self.data.train, self.recipe.data, self.processor, settings.num_samples, self.recipe.seed
+            )
+        initialize_stitches(self.model, samples, **settings.model_dump())
+        initialized = self.measure(self.recipe.evaluation.stitches, "initialized")
+        self.say(f"    {_summary(initialized, self.anchors)}")
+
+    def train_together(self, number: int) -> None:
+        """Train stitches together, one or a sandwich of them per step."""
+        recipe = self.recipe
+        self.say("4/6 training the stitches together")
+        sampler = make_sampler(recipe, self.model.stitches, self.accelerator.num_processes)
+        teaching = recipe.distillation.model_dump(exclude={"teacher"}) if recipe.distillation else {}
+        loss = StitchLoss(recipe.training.label_smoothing, teacher=self.teacher, **teaching)
+        self.fit(Phase(number, "stitches", recipe.training, sampler, loss), self.after_epoch)
+
+    def fit(self, phase: Phase, after_epoch: Callable[[int], dict[str, float]] | None = None) -> None:
+        """Run a phase, from the checkpoint if it lies in there, or not at all if it lies behind."""
+        if phase.schedule.epochs == 0:
+            return
+        num_steps = phase.schedule.epochs * (self.num_images // phase.schedule.batch_size)
+        if phase.number < self.phase_of_checkpoint:
+            self.loop.skip(num_steps)
+            return
+        loader = self.training_loader(phase.schedule, phase.number)
+        resumed = phase.number == self.phase_of_checkpoint
+        if self.accelerator.is_main_process and not (resumed and self.step_of_checkpoint == num_steps):
+            for partial in self.recipe.run_folder.glob("evaluation-*"):
+                partial.unlink()  # of weights that are about to change
+        self.loop.fit(
+            phase,
+            loader,
+            resume_from=self.checkpoint if resumed else None,
+            first_step=self.step_of_checkpoint if resumed else 0,
+            after_epoch=after_epoch,
+        )
+        self.model = self.loop.model
+
+    def training_loader(self, schedule: Schedule, phase: int) -> TrainingLoader:
+        """Micro-batches of this process: its part of the schedule's batch."""
+        accelerator, data = self.accelerator, self.recipe.data
+        micro = micro_batch_size(schedule.batch_size, accelerator)
+        return make_training_loader(
+            self.data.train,
+            data,
+            schedule,
+            self.model.config,
+            self.processor,
+            batch_size=micro,
+            batches_per_epoch=self.num_images // schedule.batch_size * accelerator.gradient_accumulation_steps,
+            seed=self.recipe.seed + 1000 * phase,
+            accelerator=accelerator,
+        )
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """What is measured during the joint training."""
+        settings = self.recipe.evaluation
+        if not settings.every or epoch % settings.every or epoch == self.recipe.training.epochs:
+            return {}
+        wanted = {"anchors": self.anchors, "all": None}.get(settings.during, settings.during)
+        measured = evaluate(self.model, self.test_loader, wanted, accelerator=self.accelerator)
+        return {f"accuracy_of_{i}": metrics["accuracy"] for i, metrics in measured.items() if i in self.anchors} | {
+            "mean_accuracy": _mean_accuracy(measured)
+        }
+
+    def measure(self, stitch_ids: list[int] | None, stage: str) -> Metrics:
+        """Evaluate stitches, going on where an interrupted evaluation was, and note the figures."""
+        partial = self.recipe.run_folder / f"evaluation-{stage}"
+        for stitch in self.model.stitches:
+            self.model.record(stitch.id, metrics={})  # what was measured before the weights changed
+        measured = evaluate(self.model, self.test_loader, stitch_ids, accelerator=self.accelerator, checkpoint=partial)
+        self.results[stage] = measured
+        if self.accelerator.is_main_process:
+            (self.recipe.run_folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        return measured
+
+    def publish(self) -> None:
+        """Leave the finished repository at the recipe's output, complete or not at all."""
+        recipe, output = self.recipe, Path(self.recipe.output)
+        if recipe.evaluation.throughput:
+            measure_throughput(self.model, recipe.evaluation.stitches)
+        self.say(f"6/6 saving {output}")
+        card = Card(
+            name=recipe.name,
+            dataset=recipe.data.dataset,
+            recipe=yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False),
+            accuracy_before={anchor: metrics["accuracy"] for anchor, metrics in self.results["before"].items()},
+        )
+        unfinished = recipe.run_folder / "repository"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save_repository(self.model, unfinished, self.processor, card)
+        os.replace(unfinished, output)
 
 
-def check_sizes(recipe: Recipe, num_images: int) -> None:
-    """Refuse batches and samples that the training set cannot fill.
-
-    Raises:
-        ValueError: names the setting, what it is, and what is possible.
-    """
-    wanted = {"training.batch_size": recipe.training.batch_size}
-    if recipe.pretraining:
-        wanted["pretraining.batch_size"] = recipe.pretraining.batch_size
-    if recipe.initialization.method == "least_squares":
-        wanted["initialization.num_samples"] = recipe.initialization.num_samples
-    for name, number in wanted.items():
-        if number > num_images:
-            raise ValueError(f"{name}={number}, but there are only {num_images} training images")
-
-
-def fit(
-    accelerator: Accelerator,
-    model: StitchableForImageClassification,
-    dataset: torch.utils.data.Dataset,
-    schedule: Schedule,
-    stitch_ids: list[int],
-    seed: int,
-    title: str,
-) -> None:
-    """Train the model in place, each step one stitch drawn from `stitch_ids`."""
-    loader = make_loader(dataset, schedule.batch_size, affine=schedule.affine, seed=seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
-    )
-    scheduler = get_cosine_schedule_with_warmup(
-        optimizer, int(schedule.warmup_epochs * len(loader)), max(1, schedule.epochs * len(loader))
-    )
-    wrapped, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
-    wrapped.train()
-    draws = iter(UniformSampler(stitch_ids, seed))
-    progress = tqdm(total=schedule.epochs * len(loader), desc=title, disable=not accelerator.is_main_process)
-    for _ in range(schedule.epochs):
-        for batch in loader:
-            stitch_id = next(draws)
-            loss = wrapped(**batch, stitch_id=stitch_id).loss
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(wrapped.parameters(), schedule.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            # Gradients become None, so that the optimiser leaves alone what the next step does not use.
-            optimizer.zero_grad(set_to_none=True)
-            progress.update()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-    progress.close()
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    accelerator.free_memory()
-
-
-def try_out(folder: Path, dataset, num_images: int = 4) -> None:
-    """Load the folder as a user does, in a fresh process that cannot import stitchable, and print predictions."""
-    rows = list(dataset.select(range(num_images)))
+def try_out(recipe: Recipe, num_images: int = 4) -> None:
+    """Load the finished folder as a user does, in a fresh process, and print predictions for the first test images."""
     with tempfile.TemporaryDirectory() as images:
-        paths = [Path(images) / f"{index}_is_{row['label']}.png" for index, row in enumerate(rows)]
-        for path, row in zip(paths, rows, strict=True):
-            row["image"].save(path)
-        subprocess.run([sys.executable, Path(__file__).with_name("try_out.py"), folder, *paths], check=True)
+        paths = []
+        for index, row in enumerate(load_data(recipe.data).test.take(num_images)):
+            paths.append(Path(images) / f"{index}_is_{row['label']}.png")
+            decode(row).save(paths[-1])
+        command = [sys.executable, Path(__file__).with_name("try_out.py"), recipe.output, "--images", *paths]
+        subprocess.run([*command, "--modules", *recipe.modules] if recipe.modules else command, check=True)
 
 
-def _mean_accuracy(measured: dict[int, dict[str, float]]) -> float:
+def _mean_accuracy(measured: Metrics) -> float:
     return sum(metrics["accuracy"] for metrics in measured.values()) / len(measured)
 
 
-def _line(measured: dict[int, dict[str, float]]) -> str:
-    return ", ".join(f"anchor {i}: {100 * metrics['accuracy']:.2f} %" for i, metrics in measured.items())
+def _summary(measured: Metrics, anchors: Sequence[int]) -> str:
+    parts = [f"anchor {i}: {100 * measured[i]['accuracy']:.2f} %" for i in anchors if i in measured]
+    if len(measured) > len(parts):
+        parts.insert(0, f"mean accuracy of {len(measured)} stitches: {100 * _mean_accuracy(measured):.2f} %")
+    return ", ".join(parts)
+
+
+def _scalars(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings as trackers take them: names with dots, simple values."""
+    if not isinstance(content, dict):
+        return {prefix: content if isinstance(content, int | float | str | bool) else str(content)}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _scalars(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 if __name__ == "__main__":

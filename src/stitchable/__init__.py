@@ -10,6 +10,7 @@ from stitchable.model.configuration_stitchable import STITCHABLE_VERSION as __ve
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchableModel
 from stitchable.model.routes import Segment, Stitch, pareto_front
+from stitchable.throughput import measure_throughput
 
 AutoConfig.register("stitchable", StitchableConfig)
 AutoModel.register(StitchableConfig, StitchableModel)
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "initialize_stitches",
+    "measure_throughput",
     "pareto_front",
     "register_anchor",
     "update_costs",

@@ -2,17 +2,22 @@
 
 import difflib
 import inspect
+import os
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from stitchable.costs import cost_of_stitch, profile_architecture
-from stitchable.model.anchors import create_timm_model
+from stitchable.model.anchors import TimmModel, create_timm_model
 from stitchable.model.configuration_stitchable import StitchableConfig
+from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.space import Direction, Pairs, default_pairs, default_stages, enumerate_stitches
 
 
@@ -33,8 +38,9 @@ def build_config(
     """The config of a family of timm models, its stitches enumerated and their costs counted.
 
     Args:
-        anchors: timm names, or mappings with `architecture` and `kwargs` for `timm.create_model`; in any order, the
-            config has them sorted by FLOPs.
+        anchors: timm names, or mappings with `architecture`, `kwargs` for `timm.create_model` and `weights`, a
+            checkpoint file (.safetensors, .pth, .th) to take instead of timm's weights; in any order, the config has
+            them sorted by FLOPs.
         kernel_size: of the space, like the next five; `stitchable.space.enumerate_stitches` describes them.
         stride: see there.
         stages: see there.
@@ -43,36 +49,37 @@ def build_config(
         pairs: see there.
         image_size: pixels, or (height, width); None means the anchors' own. Where the architecture fixes its input
             size at construction, it is built for this one.
-        num_labels: classes; None means the anchors' own.
-        pretrained: noted in the config as where the anchors' weights come from.
+        num_labels: classes; None means the anchors' own, those of the classifier in the file where they have `weights`.
+        pretrained: noted in the config as where the anchors' weights come from (of a file, its name without folders).
         config: further arguments of `StitchableConfig`, e.g. `id2label`, `image_mean`.
 
     Raises:
         ValueError: fewer than two anchors, an unknown or unsupported architecture, anchors that differ in input size,
-            channels, classes or prefix tokens or normalise pixels differently, or a space with no stitch.
+            channels, classes or prefix tokens or normalise pixels differently, a space with no stitch, or `weights`
+            that cannot be read or would not be used because of `pretrained=False`.
     """
     if isinstance(anchors, str | Mapping) or len(anchors) < 2:
         count = 1 if isinstance(anchors, str | Mapping) else len(anchors)
         raise ValueError(f"stitching needs at least two anchors, got {count}: {anchors!r}")
     _check_settings(config, stages, image_size)
-    entries = [_entry(anchor, image_size) for anchor in anchors]
+    entries = [_read_anchor(anchor, image_size, pretrained) for anchor in anchors]
     if num_labels is None and "id2label" in config:
         num_labels = len(config["id2label"])
-    num_labels = _agreed([(name, cfg.get("num_classes")) for name, _, cfg in entries], "num_labels", num_labels)
+    num_labels = _agreed([(anchor.name, anchor.num_classes) for anchor in entries], "num_labels", num_labels)
     _check_labels(num_labels, config.get("id2label"))
-    image_size = _agreed([(name, _native_size(kwargs, cfg)) for name, kwargs, cfg in entries], "image_size", image_size)
+    image_size = _agreed([(anchor.name, anchor.image_size) for anchor in entries], "image_size", image_size)
     image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    num_channels = _agreed([(name, kwargs.get("in_chans", 3)) for name, kwargs, _ in entries], "in_chans", fix="")
+    num_channels = _agreed([(anchor.name, anchor.kwargs.get("in_chans", 3)) for anchor in entries], "in_chans", fix="")
     for key, timm_key in (("image_mean", "mean"), ("image_std", "std")):
-        config[key] = _agreed([(name, tuple(cfg[timm_key])) for name, _, cfg in entries], key, config.get(key))
+        config[key] = _agreed([(anchor.name, tuple(anchor.cfg[timm_key])) for anchor in entries], key, config.get(key))
 
     profiled = [
-        (name, kwargs, cfg, profile_architecture(name, kwargs, num_labels, image_size, num_channels))
-        for name, kwargs, cfg in entries
+        (anchor, profile_architecture(anchor.name, anchor.kwargs, num_labels, image_size, num_channels))
+        for anchor in entries
     ]
-    profiled.sort(key=lambda anchor: anchor[3].total.flops)
-    profiles = [profile for *_, profile in profiled]
-    _agreed([(name, profile.shape.prefix_tokens) for name, *_, profile in profiled], "prefix tokens", fix="")
+    profiled.sort(key=lambda entry: entry[1].total.flops)
+    profiles = [profile for _, profile in profiled]
+    _agreed([(anchor.name, profile.shape.prefix_tokens) for anchor, profile in profiled], "prefix tokens", fix="")
 
     shapes = [profile.shape for profile in profiles]
     stitches = enumerate_stitches(
@@ -85,7 +92,7 @@ def build_config(
         pairs=pairs,
     )
     costs = [cost_of_stitch(stitch, profiles) for stitch in stitches]
-    if "id2label" not in config and (labels := _imagenet_labels([cfg for _, _, cfg in entries], num_labels)):
+    if "id2label" not in config and (labels := _imagenet_labels([anchor.cfg for anchor in entries], num_labels)):
         config["id2label"] = labels
     if "id2label" in config:
         config.setdefault("label2id", {label: number for number, label in config["id2label"].items()})
@@ -94,12 +101,12 @@ def build_config(
     return StitchableConfig(
         anchors=[
             {
-                "architecture": name,
-                "kwargs": kwargs,
-                "pretrained": (cfg.get("hf_hub_id") or cfg.get("tag")) if pretrained else None,
+                "architecture": anchor.name,
+                "kwargs": anchor.kwargs,
+                "pretrained": anchor.source if pretrained else None,
                 **profile.shape.to_dict(),
             }
-            for name, kwargs, cfg, profile in profiled
+            for anchor, profile in profiled
         ],
         stitches=[
             replace(stitch, flops=cost.flops, params=cost.params).to_dict()
@@ -121,33 +128,128 @@ def build_config(
     )
 
 
-def _entry(
-    anchor: str | Mapping[str, Any], image_size: int | Sequence[int] | None
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Architecture, kwargs and timm's own configuration of its weights."""
-    if isinstance(anchor, Mapping):
-        unknown = set(anchor) - {"architecture", "kwargs"}
-        if unknown or "architecture" not in anchor:
-            raise ValueError(f"an anchor is a timm name or {{'architecture', 'kwargs'}}, got {dict(anchor)}")
-        name, kwargs = anchor["architecture"], dict(anchor.get("kwargs") or {})
-        reserved = {"num_classes", "pretrained"} & set(kwargs)
-        if reserved:
-            raise ValueError(f"the kwargs of an anchor cannot hold {sorted(reserved)}; give num_labels or pretrained")
-    elif isinstance(anchor, nn.Module):
-        raise ValueError("an anchor is given by its timm name and kwargs, so that a checkpoint can rebuild it")
-    else:
-        name, kwargs = anchor, {}
+def load_anchors(
+    model: StitchablePreTrainedModel,
+    anchors: Sequence[str | Mapping[str, Any]],
+    image_size: int | Sequence[int] | None = None,
+) -> None:
+    """Load into a model that was made of `anchors` the weights of each: from its file where it names one, or timm's.
+
+    Either way by timm's own means, its conversion of checkpoints included. A classifier of other classes than the
+    model's is replaced by a new one; everything else must fit.
+
+    Args:
+        model: made from the config that `build_config` made of the same anchors.
+        anchors: as given to `build_config`.
+        image_size: as given to `build_config`.
+
+    Raises:
+        ValueError: a file that cannot be read or holds no weights of its anchor; names both.
+    """
+    given = [_read_anchor(anchor, image_size, pretrained=True) for anchor in anchors]
+    for module, entry in zip(model.anchors, model.config.anchors, strict=True):
+        # Anchors that are equal in both cost the same, so the config, whose sorting is stable, has them as given.
+        anchor = next(a for a in given if (a.name, a.kwargs) == (entry["architecture"], entry["kwargs"]))
+        given.remove(anchor)
+        module.load_state_dict(_pretrained_model(anchor, model.config.num_labels).state_dict())
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """An anchor as it was asked for: `cfg` is timm's configuration of its weights, `weights` a file to take instead."""
+
+    name: str
+    kwargs: dict[str, Any]
+    cfg: dict[str, Any]
+    weights: str | None
+
+    @property
+    def num_classes(self) -> int:
+        return self.cfg["num_classes"]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        size = self.kwargs.get("img_size", self.cfg["input_size"][1:])
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def source(self) -> str | None:
+        """Where its weights come from, in words that hold on every machine."""
+        return Path(self.weights).name if self.weights else self.cfg.get("hf_hub_id") or self.cfg.get("tag")
+
+
+def _read_anchor(anchor: str | Mapping[str, Any], image_size: int | Sequence[int] | None, pretrained: bool) -> _Anchor:
+    name, kwargs, weights = _split(anchor)
+    if weights and not pretrained:
+        raise ValueError(
+            f"anchor {name!r} has weights={weights!r}, but pretrained=False asks for random ones; "
+            "give pretrained=True, or leave weights out"
+        )
     with torch.device("meta"):
         model = create_timm_model(name, kwargs, num_classes=None)
     cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
+    if weights:
+        cfg["num_classes"] = _classes_in_file(weights, name, cfg)
     if image_size is not None and cfg.get("fixed_input_size"):
         kwargs.setdefault("img_size", image_size if isinstance(image_size, int) else list(image_size))
-    return name, kwargs, cfg
+    return _Anchor(name, kwargs, cfg, weights)
 
 
-def _native_size(kwargs: Mapping[str, Any], cfg: Mapping[str, Any]) -> tuple[int, int]:
-    size = kwargs.get("img_size", cfg["input_size"][1:])
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _split(anchor: str | Mapping[str, Any]) -> tuple[str, dict[str, Any], str | None]:
+    """Architecture, a copy of the kwargs, and the file of the weights."""
+    if isinstance(anchor, nn.Module):
+        raise ValueError("an anchor is given by its timm name and kwargs, so that a checkpoint can rebuild it")
+    if not isinstance(anchor, Mapping):
+        return anchor, {}, None
+    if set(anchor) - {"architecture", "kwargs", "weights"} or "architecture" not in anchor:
+        raise ValueError(f"an anchor is a timm name or {{'architecture', 'kwargs', 'weights'}}, got {dict(anchor)}")
+    kwargs, weights = dict(anchor.get("kwargs") or {}), anchor.get("weights")
+    reserved = {"num_classes", "pretrained"} & set(kwargs)
+    if reserved:
+        raise ValueError(f"the kwargs of an anchor cannot hold {sorted(reserved)}; give num_labels or pretrained")
+    if weights is not None and not (isinstance(weights, str | os.PathLike) and Path(weights).is_file()):
+        raise ValueError(
+            f"anchor {anchor['architecture']!r}: weights must be a checkpoint file, there is none at {str(weights)!r}"
+        )
+    return anchor["architecture"], kwargs, None if weights is None else os.fspath(weights)
+
+
+def _classes_in_file(weights: str, name: str, cfg: Mapping[str, Any]) -> int:
+    """How many classes the classifier in a checkpoint has; the architecture's own if it goes by another name there."""
+    try:
+        state_dict = timm.models.load_state_dict(weights)
+    except Exception as error:  # torch, pickle and safetensors have many ways to say that a file is not theirs
+        raise ValueError(f"anchor {name!r}: the weights {weights!r} cannot be read: {_brief(error)}") from error
+    classifier = cfg.get("classifier")
+    weight = state_dict.get(f"{classifier if isinstance(classifier, str) else (classifier or ('',))[0]}.weight")
+    return cfg["num_classes"] if weight is None else len(weight)
+
+
+def _pretrained_model(anchor: _Anchor, num_labels: int | None) -> TimmModel:
+    if anchor.weights is None:
+        return create_timm_model(anchor.name, anchor.kwargs, num_classes=num_labels, pretrained=True)
+    overlay = {
+        **(anchor.kwargs.get("pretrained_cfg_overlay") or {}),
+        "file": anchor.weights,
+        "source": None,  # timm would prefer this and the next to the file
+        "state_dict": None,
+        "num_classes": anchor.num_classes,  # those of the file, for only then does timm check that all its weights fit
+    }
+    kwargs = {**anchor.kwargs, "pretrained_cfg_overlay": overlay}
+    try:
+        model = create_timm_model(anchor.name, kwargs, num_classes=anchor.num_classes, pretrained=True)
+    except Exception as error:  # also what timm's conversions of foreign checkpoints stumble over
+        raise ValueError(
+            f"anchor {anchor.name!r}: the weights {anchor.weights!r} do not fit: {_brief(error.__cause__ or error)}"
+        ) from error
+    if anchor.num_classes != num_labels:
+        model.reset_classifier(num_labels)
+    return model
+
+
+def _brief(error: BaseException) -> str:
+    # An error of load_state_dict may list hundreds of names.
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400)
 
 
 def _check_settings(config: Mapping[str, Any], stages: Any, image_size: Any) -> None:

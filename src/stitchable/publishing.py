@@ -106,10 +106,12 @@ def make_card(model: StitchableForImageClassification, card: Card) -> ModelCard:
         front=stitch_table(pareto_front(stitches), names),
         budget=_middle(anchors or measured).flops,
         recipe=card.recipe,
+        throughput=getattr(model.config, "throughput", None),
         before=[
             {"name": names[anchor], "before": f"{100 * accuracy:.2f}", "after": f"{100 * after:.2f}"}
             for anchor, accuracy in card.accuracy_before.items()
-            for after in (find_stitch(stitches, anchor).metrics["accuracy"],)
+            for after in (find_stitch(stitches, anchor).metrics.get("accuracy"),)
+            if after is not None
         ],
         versions=", ".join(
             [
@@ -121,14 +123,18 @@ def make_card(model: StitchableForImageClassification, card: Card) -> ModelCard:
 
 
 def stitch_table(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> str:
-    """A Markdown table: id, route, FLOPs, parameters, accuracy."""
+    """A Markdown table: id, route, FLOPs, parameters, accuracy, and images per second where they were measured."""
     unit, divisor = flops_unit(max((stitch.flops or 0 for stitch in stitches), default=0))
-    rows = [f"| id | route | {unit} | params | accuracy |", "|---:|:---|---:|---:|---:|"]
+    rows = [["id", "route", unit, "params", "accuracy", "images/s"], ["---:", ":---", *["---:"] * 4]]
     for stitch in stitches:
         route = " → ".join(f"{anchor_names[anchor]} {start}–{stop - 1}" for anchor, start, stop in stitch.route)
         accuracy = f"{100 * stitch.metrics['accuracy']:.2f} %" if "accuracy" in stitch.metrics else ""
-        rows.append(f"| {stitch.id} | {route} | {(stitch.flops or 0) / divisor:.3f} | {stitch.params:,} | {accuracy} |")
-    return "\n".join(rows)
+        rate = f"{stitch.metrics['images_per_second']:,.0f}" if "images_per_second" in stitch.metrics else ""
+        flops = f"{(stitch.flops or 0) / divisor:.3f}"
+        rows.append([str(stitch.id), route, flops, f"{stitch.params:,}", accuracy, rate])
+    if not any(row[-1] for row in rows[2:]):
+        rows = [row[:-1] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def short_names(model: StitchableForImageClassification) -> list[str]:

@@ -4,6 +4,7 @@ Stitchable Neural Networks, Pan, Cai, Zhuang, CVPR 2023 (https://arxiv.org/abs/2
 """
 
 import copy
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -218,19 +219,21 @@ class StitchablePreTrainedModel(PreTrainedModel):
         """A stitchable model of timm models, with timm's weights. Needs the installed package.
 
         Args:
-            anchors: timm names, or mappings with `architecture` and `kwargs` for `timm.create_model`; in any order.
-            pretrained: whether to load timm's pretrained weights (from the Hub); random weights otherwise.
+            anchors: timm names, or mappings with `architecture`, `kwargs` for `timm.create_model` and `weights`, a
+                checkpoint file (.safetensors, .pth, .th) to load instead of timm's weights; in any order.
+            pretrained: whether to load weights: an anchor's `weights`, or timm's (from the Hub); random ones otherwise.
             settings: as in `StitchableConfig.from_anchors`. With a `num_labels` that is not the anchors' own, the
                 classifiers are new, as with `from_pretrained` of any classifier.
+
+        Raises:
+            ValueError: as `StitchableConfig.from_anchors`, or weights that do not fit their anchor.
         """
         config = cls.config_class.from_anchors(anchors, pretrained=pretrained, **settings)
         model = cls(config)
         if pretrained:
-            for anchor, entry in zip(model.anchors, config.anchors, strict=True):
-                source = create_timm_model(
-                    entry["architecture"], entry["kwargs"], num_classes=config.num_labels, pretrained=True
-                )
-                anchor.load_state_dict(source.state_dict())
+            # By name, because this file travels to the Hub (see configuration_stitchable.py).
+            building = importlib.import_module("stitchable.building")
+            building.load_anchors(model, anchors, settings.get("image_size"))
         return model
 
     def _build_anchor(self, index: int) -> nn.Module:

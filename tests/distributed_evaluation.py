@@ -1,0 +1,96 @@
+"""Run by test_evaluation.py on two processes: what `evaluate` returns on each, at once and resumed, as JSON."""
+
+import json
+import sys
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from families import NUM_LABELS, images, make
+from stitchable import StitchableForImageClassification, evaluate, evaluation
+
+IDS = [0, 4, 2]
+
+
+def main(num_images: int, batch_size: int, checkpoint: str) -> None:
+    """Evaluate `num_images` samples in batches of `batch_size` per process."""
+    accelerator = Accelerator(cpu=True)
+    model, x = make("vit"), images("vit", num_images)
+    samples = [{"pixel_values": image, "labels": number % NUM_LABELS} for number, image in enumerate(x)]
+    samples[2]["labels"] = -100
+    loader = accelerator.prepare(DataLoader(samples, batch_size))
+
+    collectives: list[int] = []
+    gather = accelerator.gather
+    accelerator.gather = lambda tensor: collectives.append(1) or gather(tensor)
+    figures = evaluate(model, loader, IDS, accelerator=accelerator)
+    accelerator.gather = gather
+    assert model.stitches[4].metrics == figures[4]
+
+    measured_before = min(2, len(loader))
+    evaluation._SECONDS_BETWEEN_SAVES = 0
+    interrupt(model, loader, accelerator, checkpoint, measured_before)
+    # Only the main process can read the file.
+    path = checkpoint if accelerator.is_main_process else "/nowhere/partial"
+    measured_again: list[int] = []
+    measure = evaluation._measure
+    evaluation._measure = lambda *arguments: measured_again.append(1) or measure(*arguments)
+    resumed = evaluate(model, loader, IDS, accelerator=accelerator, checkpoint=path)
+    evaluation._measure = measure
+
+    samples[0]["labels"] = 7  # of the first process
+    try:
+        error = str(evaluate(model, loader, IDS, accelerator=accelerator))
+    except ValueError as raised:
+        error = str(raised)
+    samples[0]["labels"] = 0
+    sizes = accelerator.gather(torch.tensor([len(batch["labels"]) for batch in loader]).sum()[None])
+    report = {
+        "figures": figures,
+        "collectives": len(collectives),
+        "measured_before": measured_before,
+        "measured_again": len(measured_again),
+        "resumed": resumed,
+        "error": error,
+        "samples": int(sizes.sum()),
+    }
+    print(f"RESULT {json.dumps(report)} END", flush=True)
+    accelerator.end_training()
+
+
+def interrupt(
+    model: StitchableForImageClassification, loader: DataLoader, accelerator: Accelerator, path: str, after: int
+) -> None:
+    """Start an evaluation that stops on every process once `after` batches are on disk."""
+    save = evaluation._Partial.save
+    saved: list[int] = []
+
+    def save_and_stop(self: evaluation._Partial, rows: list[torch.Tensor]) -> None:
+        save(self, rows)
+        saved.append(1)
+        if len(saved) == after:
+            raise KeyboardInterrupt
+
+    evaluation._Partial.save = save_and_stop
+    measure = evaluation._measure
+    if not accelerator.is_main_process:
+        measured: list[int] = []
+
+        def measure_and_stop(*arguments: object) -> torch.Tensor:
+            rows = measure(*arguments)
+            measured.append(1)
+            if len(measured) == after:
+                raise KeyboardInterrupt
+            return rows
+
+        evaluation._measure = measure_and_stop
+    try:
+        evaluate(model, loader, IDS, accelerator=accelerator, checkpoint=path)
+        raise AssertionError("it was not interrupted")
+    except KeyboardInterrupt:
+        evaluation._Partial.save, evaluation._measure = save, measure
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,148 @@
+"""Which stitches a step runs: how often, on which process, and the same ones again."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from sampling import StitchSampler
+from stitchable import Segment, Stitch
+
+DEPTH = 4
+
+
+def family(flops: Sequence[int] = (10, 30, 90)) -> list[Stitch]:
+    """Three anchors, and stitches between neighbours whose FLOPs lie between theirs."""
+    stitches = [
+        Stitch(id=anchor, route=(Segment(anchor, 0, DEPTH),), flops=cost, params=1) for anchor, cost in enumerate(flops)
+    ]
+    for front in range(2):
+        for stop in range(1, DEPTH):
+            route = (Segment(front, 0, stop), Segment(front + 1, stop, DEPTH))
+            cost = flops[front] + (flops[front + 1] - flops[front]) * (DEPTH - stop) // DEPTH
+            layers = (f"{front}-{front + 1}.{stop}",)
+            stitches.append(Stitch(id=len(stitches), route=route, layers=layers, flops=cost, params=1))
+    return stitches
+
+
+def draws(steps: int, process: int = 0, **settings: Any) -> list[tuple[int, ...]]:
+    sampler = StitchSampler(family(), **settings)
+    return [sampler.draw(step, process) for step in range(steps)]
+
+
+def test_uniform_draws_every_stitch_equally_often() -> None:
+    counts = Counter(draws(9000))
+    assert set(counts) == {(number,) for number in range(9)}
+    # Six standard deviations of a binomial distribution with p = 1/9.
+    assert all(abs(count - 1000) < 6 * (9000 / 9 * 8 / 9) ** 0.5 for count in counts.values())
+
+
+def test_neighbouring_steps_are_independent() -> None:
+    drawn = draws(8100)
+    counts = Counter(pairwise(drawn))
+    assert len(counts) == 81
+    assert all(40 < count < 170 for count in counts.values())
+
+
+def test_only_the_stitches_given_are_drawn() -> None:
+    assert set(draws(200, stitch_ids=[4, 7])) == {(4,), (7,)}
+    assert set(draws(5, stitch_ids=[2])) == {(2,)}
+
+
+@pytest.mark.parametrize("num_bins", [2, 4, 8])
+def test_flops_bins_are_drawn_equally_often(num_bins: int) -> None:
+    width = 80 / num_bins
+    bins = {stitch.id: min(int((stitch.flops - 10) / width), num_bins - 1) for stitch in family()}  # type: ignore[operator]
+    occupied = len(set(bins.values()))
+    drawn = draws(300 * occupied, method="flops_bins", num_bins=num_bins)
+    counts = Counter(bins[stitch_id] for (stitch_id,) in drawn)
+    assert set(counts.values()) == {300}  # exactly: every cycle goes through all bins
+    for start in range(0, len(drawn), occupied):
+        assert len({bins[stitch_id] for (stitch_id,) in drawn[start : start + occupied]}) == occupied
+    assert {stitch_id for (stitch_id,) in drawn} == set(range(9))  # uniform inside
+    orders = {tuple(bins[i] for (i,) in drawn[start : start + occupied]) for start in range(0, len(drawn), occupied)}
+    assert len(orders) > 1  # each cycle in an order of its own
+
+
+def test_flops_bins_inside_a_bin_are_uniform() -> None:
+    """One bin is the uniform method; stitches of equal cost are one bin."""
+    counts = Counter(draws(9000, method="flops_bins", num_bins=1))
+    assert all(800 < count < 1200 for count in counts.values())
+    sampler = StitchSampler(family((5, 5, 5)), method="flops_bins", num_bins=4)
+    assert len({sampler.draw(step) for step in range(300)}) == 9
+
+
+def test_a_sandwich_is_a_stitch_with_its_anchors_the_largest_first() -> None:
+    drawn = set(draws(500, method="sandwich"))
+    assert drawn == {(1, stitch_id, 0) for stitch_id in (3, 4, 5)} | {(2, stitch_id, 1) for stitch_id in (6, 7, 8)}
+
+
+def test_a_sandwich_of_three_anchors() -> None:
+    route = (Segment(0, 0, 1), Segment(1, 1, 2), Segment(2, 2, DEPTH))
+    stitches = [*family(), Stitch(id=9, route=route, layers=("0-1.0", "1-2.0"), flops=50, params=1)]
+    sampler = StitchSampler(stitches, [9], method="sandwich")
+    assert sampler.draw(0) == (2, 9, 0, 1)
+
+
+def test_processes_draw_the_same_unless_told_otherwise() -> None:
+    for method in ("uniform", "flops_bins", "sandwich"):
+        sampler = StitchSampler(family(), method=method, num_processes=3)  # type: ignore[arg-type]
+        assert all(len(set(sampler.draw_all(step))) == 1 for step in range(50))
+        assert sampler.draw_all(7) == [sampler.draw(7, process) for process in range(3)]
+
+
+def test_independent_processes_draw_for_themselves() -> None:
+    sampler = StitchSampler(family(), across_processes="independent", num_processes=2)
+    pairs = Counter(tuple(sampler.draw_all(step)) for step in range(8100))
+    assert len(pairs) == 81  # every combination
+    assert all(40 < count < 170 for count in pairs.values())
+
+
+def test_similar_processes_draw_different_stitches_of_like_cost() -> None:
+    stitches = {stitch.id: stitch.flops for stitch in family()}
+    in_order = sorted(stitches, key=lambda number: stitches[number])  # type: ignore[arg-type,return-value]
+    sampler = StitchSampler(family(), across_processes="similar", num_processes=3)
+    first = Counter()
+    for step in range(900):
+        places = sorted(in_order.index(stitch_id) for (stitch_id,) in sampler.draw_all(step))
+        assert places == list(range(places[0], places[0] + 3))  # three neighbours in FLOPs, each once
+        first[sampler.draw(step, 0)] += 1
+    assert len(first) == 9
+    lone = StitchSampler(family(), [4], across_processes="similar", num_processes=3)
+    assert lone.draw_all(0) == [(4,), (4,), (4,)]
+
+
+@pytest.mark.parametrize("method", ["uniform", "flops_bins", "sandwich"])
+@pytest.mark.parametrize("across", ["same", "similar", "independent"])
+def test_a_draw_depends_on_seed_step_and_process_alone(method: Any, across: Any) -> None:
+    settings = {"method": method, "across_processes": across, "num_processes": 2}
+    sampler = StitchSampler(family(), **settings)
+    forwards = [sampler.draw_all(step) for step in range(60)]
+    random.seed(5)
+    torch.manual_seed(5)
+    backwards = [StitchSampler(family(), **settings).draw_all(step) for step in reversed(range(60))]
+    assert backwards[::-1] == forwards
+    other = StitchSampler(family(), **settings, seed=1)
+    assert [other.draw_all(step) for step in range(60)] != forwards
+
+
+def test_a_draw_touches_no_other_generator() -> None:
+    states = random.getstate(), torch.get_rng_state()
+    draws(20, method="flops_bins", across_processes="similar", num_processes=3)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_what_cannot_be_drawn_is_named() -> None:
+    with pytest.raises(ValueError, match=r"there is no stitch 12 to draw; this model has 0\.\.8"):
+        StitchSampler(family(), [3, 12])
+    with pytest.raises(ValueError, match="there is no stitch to draw"):
+        StitchSampler(family(), [])
+    with pytest.raises(ValueError, match="a sandwich needs a stitch between anchors to draw"):
+        StitchSampler(family(), [0, 1, 2], method="sandwich")
+    with pytest.raises(ValueError, match="a sandwich runs the anchors too, but anchor 1 is not among the stitches"):
+        StitchSampler([stitch for stitch in family() if stitch.id != 1], method="sandwich")

@@ -1,0 +1,79 @@
+"""Leave blocks out of one anchor of a finished run and measure what is left (appendix H of the paper, after LayerDrop).
+
+    python training/crop_anchor.py runs/deit_layer_drop --recipe training/recipes/ablations/layer_drop.yaml --anchor 2
+
+The recipe says which data to measure on; key.path=value changes it, as for train.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from accelerate import Accelerator
+
+from data import load_data, make_test_loader
+from recipe import load_recipe
+from stitchable import StitchableForImageClassification
+from stitchable.costs import profile_anchor
+from stitchable.evaluation import evaluation_mode
+from stitchable.processing import image_processor
+
+
+def main() -> None:
+    """Print a Markdown table of an anchor whole and cropped."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="of a finished run")
+    parser.add_argument("--recipe", required=True, help="of that run")
+    parser.add_argument("--anchor", type=int, required=True, help="its number, smallest first, from 0")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to change in the recipe")
+    given = parser.parse_intermixed_args()
+    try:
+        recipe, accelerator = load_recipe(given.recipe, given.overrides), Accelerator()
+        data, model = recipe.data, StitchableForImageClassification.from_pretrained(given.folder)
+        crops = plan_crops(model, given.anchor)
+        processor = image_processor(model.config, crop_pct=data.crop_pct, interpolation=data.interpolation)
+        test = load_data(data).test
+        loader = make_test_loader(test, data, processor, recipe.evaluation.batch_size, accelerator)
+        accuracies = measure(model.to(accelerator.device), given.anchor, list(crops.values()), loader)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    profile = profile_anchor(model.anchors[given.anchor], model.config.image_size, model.config.num_channels)
+    print("| blocks left out | FLOPs | top-1 |\n|:---|---:|---:|")
+    for (title, kept), accuracy in zip(crops.items(), accuracies, strict=True):
+        flops = profile.stem.flops + profile.head.flops + sum(profile.blocks[index].flops for index in kept)
+        print(f"| {title} | {flops:,} | {100 * accuracy:.2f} % |")
+
+
+def plan_crops(model: StitchableForImageClassification, anchor: int) -> dict[str, list[int]]:
+    """Which blocks are kept: all, all but the first or the last half, every other one."""
+    chain = model.chains.get(anchor)
+    if chain is None or len(chain.stages) > 1 or model.parts_of_anchor(anchor) < {"stem", "head", *range(chain.depth)}:
+        raise ValueError(f"this model has no anchor {anchor} that is whole and of a single stage")
+    blocks, half = list(range(chain.depth)), chain.depth // 2
+    return {"none": blocks, "the first half": blocks[half:], "the last half": blocks[:half], "every other": blocks[::2]}
+
+
+@torch.no_grad()
+def measure(
+    model: StitchableForImageClassification, anchor: int, crops: Sequence[Sequence[int]], batches: Iterable[Mapping]
+) -> list[float]:
+    """Top-1 accuracy, in 0..1, of an anchor with only some of its blocks, for each choice of blocks."""
+    chain, timm_model = model.chains[anchor], model.anchors[anchor]
+    correct, count = [0] * len(crops), 0
+    with evaluation_mode(model):
+        for batch in batches:
+            labels = batch["labels"].to(model.device)
+            count += int((labels >= 0).sum())  # -100 stands for an image that could not be read
+            stem = chain.run_stem(timm_model, batch["pixel_values"].to(model.device))
+            for number, kept in enumerate(crops):
+                features = stem
+                for index in kept:
+                    features = chain.run_block(timm_model, index, features)
+                logits = model.run_head(anchor, chain.run_neck(timm_model, features))
+                correct[number] += int((logits.argmax(-1) == labels).sum())
+    return [number / count for number in correct]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Run the experiments of docs/reproduction.md: every variant of a study over several seeds, results as JSON.
+
+    python training/reproduce.py digits
+    python training/reproduce.py cifar10 data.files.train=GLOB data.files.test=GLOB
+    python training/reproduce.py cifar10_resnets data.files.train=GLOB data.files.test=GLOB anchors.0.weights=FILE ...
+
+Each run is a `training/train.py` of its own with one thread. Runs that the results hold already are not repeated, so an
+interrupted study goes on; `--only VARIANT ...` runs some of them. `python training/reproduction_report.py` makes the
+tables and figures.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from stitchable import StitchableForImageClassification
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "reproduction"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants of one recipe that share their pretrained anchors, seed by seed.
+
+    Attributes:
+        recipe: below the root.
+        settings: overrides for every run.
+        variants: name -> overrides. Those of `from_scratch` begin with random weights instead of the anchors'.
+        from_scratch: names of variants that are networks trained alone, or anchors without pretraining.
+        pretrains: whether the recipe trains its anchors; then that is done once per seed and shared.
+        seeds: how many.
+    """
+
+    recipe: str
+    settings: list[str]
+    variants: dict[str, list[str]]
+    from_scratch: tuple[str, ...] = ()
+    pretrains: bool = True
+    seeds: int = 3
+
+
+def alone(epochs: int, ids: list[int], batch: list[str]) -> dict[str, list[str]]:
+    """Table 1: single stitches, each trained alone from random weights with the anchors' own schedule."""
+    settings = ["initialization.method=kaiming", f"training.epochs={epochs}", *batch]
+    return {f"alone-{i}": [*settings, f"sampling.stitches=[{i}]", f"evaluation.stitches=[{i}]"] for i in ids}
+
+
+STUDIES = {
+    "digits": Study(
+        "training/recipes/digits.yaml",
+        ["training.epochs=80"],  # half of the recipe's, for the sake of 75 runs
+        {
+            "base": [],
+            "kaiming": ["initialization.method=kaiming"],
+            "slow-to-fast": ["space.direction=slow_to_fast"],
+            "not-nearest": ["space.nearest=false"],
+            "layers-only": ["training.trainable=stitching_layers"],
+            "kernel-2-stride-2": ["space.kernel_size=2", "space.stride=2"],
+            "kernel-3-stride-3": ["space.kernel_size=3", "space.stride=3"],
+            "kernel-4-stride-4": ["space.kernel_size=4", "space.stride=4"],
+            "epochs-24": ["training.epochs=24"],
+            "epochs-160": ["training.epochs=160"],
+            "sandwich": ["sampling.method=sandwich", "distillation={kind: in_place}"],
+            "soft-teacher": ["distillation={kind: soft, teacher: '{anchors}'}"],
+            "hard-teacher": ["distillation={kind: hard, teacher: '{anchors}'}"],
+            "flops-bins": ["sampling.method=flops_bins"],
+            "samples-50": ["initialization.num_samples=50"],
+            "samples-200": ["initialization.num_samples=200"],
+            "layer-drop": ["anchors.2.kwargs.drop_path_rate=0.5", "sampling.stitches=[2]"],
+            "no-pretraining": [],
+            **alone(60, [6, 10, 14, 22, 26, 30], ["training.learning_rate=5e-3", "training.warmup_epochs=5"]),
+        },
+        from_scratch=("no-pretraining", *(f"alone-{i}" for i in (6, 10, 14, 22, 26, 30))),
+    ),
+}
+
+
+@dataclass
+class Runner:
+    """Runs a study and keeps its results file complete after every run."""
+
+    name: str
+    study: Study
+    overrides: list[str]
+    folder: Path
+    results: dict[str, Any] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
+
+    @property
+    def path(self) -> Path:
+        """The results file."""
+        return RESULTS / f"{self.name}.json"
+
+    def run(self, only: list[str] | None, jobs: int) -> None:
+        """Run what the results lack."""
+        self.results = json.loads(self.path.read_text()) if self.path.exists() else {"runs": {}}
+        wanted = only or list(self.study.variants)
+        unknown = set(wanted) - set(self.study.variants)
+        if unknown:
+            raise SystemExit(f"error: there is no variant {min(unknown)}; there are {', '.join(self.study.variants)}")
+        seeds = range(self.study.seeds)
+        with ThreadPoolExecutor(jobs) as pool:
+            if self.study.pretrains:
+                list(pool.map(self.pretrain, seeds))
+            list(pool.map(lambda job: self.variant(*job), [(name, seed) for seed in seeds for name in wanted]))
+
+    def pretrain(self, seed: int) -> None:
+        """Train the anchors of a seed alone and leave each as a file of its own."""
+        output = self.folder / f"anchors-{seed}"
+        if not (output / "anchor-0.safetensors").exists():
+            self.train([f"seed={seed}", "training.epochs=0", "evaluation.throughput=false"], output)
+            logging.disable_progress_bar()
+            model = StitchableForImageClassification.from_pretrained(output)
+            for number, anchor in reversed(list(enumerate(model.anchors))):
+                save_file(anchor.state_dict(), output / f"anchor-{number}.safetensors")
+
+    def variant(self, name: str, seed: int) -> None:
+        """Run one variant with one seed and note its results."""
+        if str(seed) in self.results["runs"].get(name, {}):
+            return
+        output = self.folder / f"{name}-{seed}"
+        settings = [f"seed={seed}", "evaluation.throughput=false"]
+        if name in self.study.from_scratch:
+            settings += ["pretrained=false", "pretraining=null"]
+        elif self.study.pretrains:
+            anchors = self.folder / f"anchors-{seed}"
+            settings += ["pretrained=true", "pretraining=null"]
+            settings += [f"anchors.{path.stem[-1]}.weights={path}" for path in sorted(anchors.glob("anchor-*"))]
+        anchors_folder = str(self.folder / f"anchors-{seed}")
+        settings = [*self.study.settings, *settings]
+        own = [override.replace("{anchors}", anchors_folder) for override in self.study.variants[name]]
+        self.train([*settings, *own], output)
+        with self.lock:
+            self.results["runs"].setdefault(name, {})[str(seed)] = read_results(output)
+            self.results |= {"recipe": self.study.recipe, "variants": self.study.variants, **provenance()}
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.results, indent=None) + "\n")
+
+    def train(self, overrides: list[str], output: Path) -> None:
+        """One `train.py`, its output in a log beside it; it goes on where an interrupted one was."""
+        command = [sys.executable, str(ROOT / "training" / "train.py"), "--recipe", str(ROOT / self.study.recipe)]
+        command += [*self.overrides, *overrides, f"output={output}"]
+        run_folder = Path(f"{output}-run")
+        if (run_folder / "recipe.yaml").exists():
+            command.append("--resume")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        print(" ".join(command[1:]), flush=True)
+        with Path(f"{output}.log").open("a") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            if subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode:
+                raise SystemExit(f"error: the run failed; see {output}.log")
+
+
+def read_results(output: Path) -> dict[str, Any]:
+    """Routes, FLOPs, and accuracies before, after the initialisation, and after the training, by stitch id."""
+    table = json.loads((output / "stitches.json").read_text())["stitches"]
+    stages = json.loads((Path(f"{output}-run") / "results.json").read_text())
+    accuracies = {
+        stage: {i: round(metrics["accuracy"], 6) for i, metrics in measured.items()}
+        for stage, measured in stages.items()
+    }
+    stitches = {str(stitch["id"]): {"route": stitch["route"], "flops": stitch["flops"]} for stitch in table}
+    return {"stitches": stitches, **accuracies}
+
+
+def provenance() -> dict[str, Any]:
+    """The commit and versions that made the results."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    versions = {name: version(name) for name in ("stitchable", "torch", "timm", "transformers", "accelerate")}
+    return {"commit": commit.stdout.strip(), "versions": versions}
+
+
+def main() -> None:
+    """Run a study from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="which variants; all of them if left out")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at the same time")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "reproduction", help="for runs and logs")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for every run, such as paths of data")
+    arguments = parser.parse_intermixed_args()
+    folder = arguments.folder / arguments.study
+    Runner(arguments.study, STUDIES[arguments.study], arguments.overrides, folder).run(arguments.only, arguments.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -51,9 +51,9 @@ class Study:
     seeds: int = 3
 
 
-def alone(epochs: int, ids: list[int], batch: list[str]) -> dict[str, list[str]]:
+def alone(epochs: int, ids: list[int], schedule: list[str]) -> dict[str, list[str]]:
     """Table 1: single stitches, each trained alone from random weights with the anchors' own schedule."""
-    settings = ["initialization.method=kaiming", f"training.epochs={epochs}", *batch]
+    settings = ["initialization.method=kaiming", f"training.epochs={epochs}", *schedule]
     return {f"alone-{i}": [*settings, f"sampling.stitches=[{i}]", f"evaluation.stitches=[{i}]"] for i in ids}
 
 
@@ -83,6 +83,28 @@ STUDIES = {
             **alone(60, [6, 10, 14, 22, 26, 30], ["training.learning_rate=5e-3", "training.warmup_epochs=5"]),
         },
         from_scratch=("no-pretraining", *(f"alone-{i}" for i in (6, 10, 14, 22, 26, 30))),
+    ),
+    "cifar10": Study(
+        "training/recipes/cifar10.yaml",
+        ["data.dataset=parquet", "data.train_split=train[:10000]", "data.test_split=test[:5000]"],
+        {
+            "base": [],
+            "kaiming": ["initialization.method=kaiming"],
+            "slow-to-fast": ["space.direction=slow_to_fast"],
+            **alone(10, [31, 19, 38, 24], ["training.anchor_learning_rate_scale=1"]),
+        },
+        from_scratch=tuple(f"alone-{i}" for i in (31, 19, 38, 24)),
+    ),
+    "cifar10_resnets": Study(
+        "examples/cifar10_resnets/recipe.yaml",
+        [
+            "data.dataset=parquet",
+            "data.train_split=train[:10000]",
+            "data.test_split=test[:2000]",
+            "training.epochs=2",
+        ],
+        {"base": []},
+        pretrains=False,
     ),
 }
 

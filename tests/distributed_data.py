@@ -9,9 +9,10 @@ import datasets
 import torch
 from accelerate import Accelerator
 
-from data import load_data, make_test_loader, make_training_loader
+from data import make_test_loader, make_training_loader
 from families import make
 from recipe import Augmentation, Data, Schedule
+from sources import load_data
 from stitchable.processing import image_processor
 
 

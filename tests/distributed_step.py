@@ -39,16 +39,20 @@ def main() -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     (logits,) = wrapped(x[mine], (0,))
     accelerator.backward(torch.nn.functional.cross_entropy(logits, labels[mine]))
+    third = 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            third += parameter.numel()
+            both = accelerator.gather(parameter.grad[None])
+            assert torch.equal(both[0], both[1]), name
     optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved, "the step moved nothing"
     assert all(name.startswith("anchors.0.") for name in moved), moved
     total = sum(parameter.numel() for parameter in model.parameters())
     worst = accelerator.gather(worst[None]).max()
-    accelerator.print(
-        f"processes {accelerator.num_processes} used {used} of {total} worst {float(worst)} moved {len(moved)}",
-        flush=True,
-    )
+    counts = f"used {used}, {third} of {total} worst {float(worst)} moved {len(moved)}"
+    accelerator.print(f"processes {accelerator.num_processes} {counts}", flush=True)
     accelerator.end_training()
 
 

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 
 import streams
 from augmentation import derive_seed, make_image_transform, random_affine, random_crop, seeded
-from data import TrainingLoader, decode, load_data, make_test_loader, make_training_loader, sample_images
+from data import TrainingLoader, make_test_loader, make_training_loader, sample_images
 from families import make
 from recipe import Augmentation, Data, Schedule
+from sources import decode, load_data
 from stitchable.processing import image_processor
 
 ROOT = Path(__file__).parents[1]

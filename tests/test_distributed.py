@@ -24,9 +24,10 @@ def test_a_step_that_uses_a_part_averages_its_gradients() -> None:
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     output = launch("distributed_step.py", *launcher)
-    printed = re.search(r"processes 2 used (\d+) of (\d+) worst (\S+) moved (\d+)", output)
+    printed = re.search(r"processes 2 used (\d+), (\d+) of (\d+) worst (\S+) moved (\d+)", output)
     assert printed, output
-    used, total, worst, moved = printed.groups()
+    used, third, total, worst, moved = printed.groups()
     assert 0 < int(used) < int(total)
+    assert 0 < int(third) < 0.4 * int(total)
     assert float(worst) < 1e-5
     assert int(moved) > 0

@@ -8,9 +8,12 @@ from types import ModuleType
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from families import randomise
+from plan import check_plan
+from recipe import load_recipe
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
 
 FOLDER = Path(__file__).parents[1] / "examples" / "cifar10_resnets"
@@ -165,3 +168,13 @@ def test_the_published_errors_are_reproduced(tmp_path) -> None:
     measured = evaluate(model, reproduce.batches(test_set, model.config), range(len(LAYERS)))
     percent = {layers: 100 * measured[index]["accuracy"] for index, layers in enumerate(LAYERS)}
     assert percent == pytest.approx(reproduce.PUBLISHED, abs=0.011)  # an image may tip over with another rounding
+
+
+def test_the_recipe_is_valid_and_names_the_file() -> None:
+    recipe = load_recipe(FOLDER / "recipe.yaml")
+    assert [path.rsplit("/", 1)[-1] for path in recipe.modules] == ["cifar_resnet.py"]
+    accelerator = Accelerator(cpu=True)
+    check_plan(recipe, accelerator)
+    names = [anchor.architecture for anchor in recipe.anchors]
+    model = StitchableForImageClassification.from_anchors(names, pretrained=False, **recipe.space.model_dump())
+    assert len(model.stitches) == 4 + 54

@@ -1,22 +1,31 @@
 """The training script and its loop, on recipes of seconds."""
 
 import json
+import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from checkpoints import RunStopped
+from checkpoints import Checkpoints, RunStopped
+from data import make_test_loader
 from recipe import load_recipe
+from sources import load_data
+from stitchable import StitchableForImageClassification, evaluate
+from stitchable.processing import image_processor
 from train import run
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +143,7 @@ def test_what_cannot_be_done_is_said(overrides: list[str], message: str, tmp_pat
     recipe = load_recipe(DIGITS, ["trackers=[]", "pretraining.epochs=0", f"output={tmp_path / 'run'}", *overrides])
     with pytest.raises(ValueError, match=re.escape(message)):
         run(recipe)
+    assert not (recipe.run_folder / "recipe.yaml").exists()  # the corrected recipe may use the same output
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +230,42 @@ def test_settings_reach_a_finished_run(name: str, overrides: list[str], tmp_path
     assert measured == [0, 1, 2, 5]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_images_with_unreadable_ones(streaming: bool, tmp_path, capsys, caplog) -> None:
+    """Files, decoded and augmented one by one; what cannot be read is replaced or left out, and counted."""
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 20), ("test", 6)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for index in range(number):
+                pixels = generator.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+                PILImage.fromarray(pixels).save(folder / f"{index}.jpg")
+            (folder / "0.jpg").write_bytes((folder / "0.jpg").read_bytes()[:200])
+    data = f"data={{dataset: imagefolder, files: {tmp_path / 'images'}, on_corrupt_image: skip, crop_pct: 1.0}}"
+    stream = ["data.streaming=true", "data.num_train_images=32"] if streaming else []
+    augmentation = "{crop_scale: [0.5, 1.0], auto_augment: rand-m9-mstd0.5-inc1, random_erasing: 0.25, cutmix: 1.0}"
+    overrides = [*TINY, data, "data.image_mean=[0.5,0.5,0.5]", "data.image_std=[0.5,0.5,0.5]", *stream]
+    overrides.remove("data.test_fraction=0.8")
+    overrides += ["training.batch_size=8", "initialization.num_samples=10", "evaluation.batch_size=5"]
+    model = run(
+        load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *overrides, f"training.augmentation={augmentation}"])
+    )
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    assert "replaced_images" in capsys.readouterr().out
+    assert "another image takes its place" in caplog.text
+    assert "test/cat/0.jpg" in caplog.text
+    correct = model.stitches[0].metrics["accuracy"] * 10  # of 12 test images
+    assert correct == pytest.approx(round(correct))
+
+
+def test_mixed_precision(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model = run(load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *TINY]))
+    assert model.dtype == torch.float32  # the weights stay in full precision
+    assert math.isfinite(model.stitches[5].metrics["loss"])
+
+
 def test_training_the_stitching_layers_alone_leaves_the_anchors_as_they_were(tmp_path) -> None:
     overrides = [f"output={tmp_path / 'run'}", *TINY, "training.trainable=stitching_layers"]
     model = run(load_recipe(DIGITS, overrides))
@@ -252,10 +298,10 @@ def test_however_it_is_launched_it_is_the_same_training(name: str, alone: Path, 
         result = train(f"output={output}", *PLAIN, launcher=TWO)
         assert result.returncode == 0, result.stderr
     else:
-        # What `accelerate launch --gradient_accumulation_steps 2` and `--dynamo_backend eager` tell the script.
-        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2" if "gradients" in name else "1")
+        # What `accelerate launch --dynamo_backend eager` tells the script.
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER" if "compiled" in name else "NO")
-        model = run(load_recipe(DIGITS, [f"output={output}", *PLAIN]))
+        accumulation = "gradient_accumulation_steps=2" if "gradients" in name else "gradient_accumulation_steps=1"
+        model = run(load_recipe(DIGITS, [f"output={output}", *PLAIN, accumulation]))
         compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
         assert len(compiled) == (18 if "compiled" in name else 0)
     expected = weights(alone)
@@ -265,11 +311,47 @@ def test_however_it_is_launched_it_is_the_same_training(name: str, alone: Path, 
     assert [line.split("\t")[:3] for line in lines[0]] == [line.split("\t") for line in lines[1]]
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path) -> None:
     message = r"training.batch_size=64 images cannot be shared equally by 1 processes with 3 .*; take a multiple of 3"
     with pytest.raises(ValueError, match=message):
-        run(load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *TINY]))
+        run(load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *TINY, "gradient_accumulation_steps=3"]))
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch) -> None:
+    """A run that was killed after its last evaluation publishes the same figures without another one."""
+    recipe = load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *TINY])
+    run(recipe)
+    table = (tmp_path / "run" / "stitches.json").read_text()
+    shutil.rmtree(tmp_path / "run")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    evaluated = []
+    monkeypatch.setattr("train.evaluate", lambda *arguments, **options: evaluated.append(arguments))
+    run(recipe, resume=True)
+    assert not evaluated
+    assert (tmp_path / "run" / "stitches.json").read_text() == table
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest() is None
+    for name in ("checkpoint-00-00000009", "checkpoint-01-00000002", "checkpoint-01-00000004.partial"):
+        (tmp_path / name).mkdir()
+    assert checkpoints.latest() == tmp_path / "checkpoint-01-00000002"
+
+
+@pytest.mark.slow
+def test_two_processes_publish_what_they_saved(tmp_path) -> None:
+    """Random stitching layers, which each process draws for itself."""
+    overrides = [*TINY, "training.epochs=0", "initialization.method=kaiming"]
+    result = train(f"output={tmp_path / 'two'}", *overrides, launcher=TWO)
+    assert result.returncode == 0, result.stderr
+    recipe = load_recipe(DIGITS, overrides)
+    model = StitchableForImageClassification.from_pretrained(tmp_path / "two")
+    published = {stitch.id: stitch.metrics for stitch in model.stitches if stitch.metrics}
+    processor = image_processor(model.config, crop_pct=recipe.data.crop_pct)
+    loader = make_test_loader(load_data(recipe.data).test, recipe.data, processor, 512, Accelerator(cpu=True))
+    for stitch_id, metrics in evaluate(model, loader, list(published)).items():
+        assert metrics == pytest.approx(published[stitch_id], rel=1e-5)
 
 
 @pytest.mark.slow

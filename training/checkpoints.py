@@ -83,7 +83,8 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 # What may change between the parts of a run, for it changes no weight.
-_FREE = ("name", "output", "trackers", "checkpoints", "evaluation", "data.num_workers")
+_FREE = ("name", "output", "trackers", "checkpoints", "evaluation", "gradient_accumulation_steps")
+_FREE += ("data.num_workers", "data.on_corrupt_image")
 
 
 def check_same_recipe(recipe: Recipe) -> None:
@@ -95,7 +96,7 @@ def check_same_recipe(recipe: Recipe) -> None:
     path = recipe.run_folder / "recipe.yaml"
     if not path.exists():
         raise ValueError(f"there is no run to resume in {recipe.run_folder}")
-    theirs, ours = _flatten(OmegaConf.to_container(OmegaConf.load(path))), _flatten(recipe.model_dump())
+    theirs, ours = flatten(OmegaConf.to_container(OmegaConf.load(path))), flatten(recipe.model_dump())
     differing = [
         f"{key} is {ours.get(key)!r}, was {theirs.get(key)!r}"
         for key in sorted({*ours, *theirs})
@@ -105,23 +106,28 @@ def check_same_recipe(recipe: Recipe) -> None:
         raise ValueError(f"{recipe.run_folder} is a run of another recipe: {'; '.join(differing)}")
 
 
-def write_recipe(recipe: Recipe) -> None:
-    """Leave the recipe in the run folder, which must hold no other run.
+def check_no_run(recipe: Recipe) -> None:
+    """Refuse to begin where another run is.
 
     Raises:
-        ValueError: it does.
+        ValueError: the run folder holds one.
     """
     folder = recipe.run_folder
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds an unfinished or finished run; go on with --resume, or choose another output")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
 
 
-def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+def write_recipe(recipe: Recipe) -> None:
+    """Leave the recipe in the run folder, for `check_same_recipe`."""
+    recipe.run_folder.mkdir(parents=True, exist_ok=True)
+    (recipe.run_folder / "recipe.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
+
+
+def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their path, "training.epochs"."""
     if not isinstance(content, dict) or not content:
         return {prefix: content}
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from accelerate import Accelerator
 
-from data import load_data, make_test_loader
+from data import make_test_loader
 from recipe import load_recipe
+from sources import load_data
 from stitchable import StitchableForImageClassification
 from stitchable.costs import profile_anchor
 from stitchable.evaluation import evaluation_mode

@@ -30,19 +30,9 @@ from augmentation import (
     seeded,
 )
 from recipe import Data, Schedule
-from sources import DataError, Images, Splits, decode, load_data
+from sources import DataError, Images, decode
 from stitchable import StitchableConfig
 from streams import SHUFFLE_BUFFER, Stream
-
-__all__ = [
-    "Splits",
-    "TrainingLoader",
-    "decode",
-    "load_data",
-    "make_test_loader",
-    "make_training_loader",
-    "sample_images",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +58,14 @@ class TrainingLoader:
         self._source, self._mix, self._seed = source, mix, seed
         self._process, self._num_processes = accelerator.process_index, accelerator.num_processes
         self._named: set[str] = set()
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint holds: the count, for the rest is drawn anew from the seed."""
+        return {"num_corrupt": self.num_corrupt}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting (on the main process, whose count a checkpoint holds)."""
+        self.num_corrupt = state["num_corrupt"] if self._process == 0 else 0
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
         """The batches {"pixel_values", "labels"} of an epoch on the accelerator's device, from number `start` on.

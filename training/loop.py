@@ -23,6 +23,7 @@ from optimization import clip_gradients, make_optimizer, make_scheduler, paramet
 from plan import is_sharded
 from recipe import Schedule
 from sampling import StitchSampler
+from sources import DataError
 from stitchable import StitchableForImageClassification
 
 
@@ -40,7 +41,7 @@ class Stitches(nn.Module):
 
 @dataclass
 class Phase:
-    """One training of a run: "anchor 0", ..., "all stitches".
+    """One training of a run: "anchor 0", ..., "stitches".
 
     Attributes:
         number: its place among the phases of the run, from 0.
@@ -137,13 +138,16 @@ class Loop:
         optimizer = make_optimizer(parameter_groups(self.model, schedule), schedule)
         scheduler = make_scheduler(optimizer, schedule, steps_per_epoch)
         wrapped, optimizer = accelerator.prepare(Stitches(self.model), optimizer)
-        average = make_average(accelerator, self.model, schedule.ema_decay)
-        self.state.parts = {"scheduler": scheduler} | ({"average": average} if average else {})
+        average = ModelEmaV3(self.model, decay=schedule.ema_decay) if schedule.ema_decay else None
+        self.state.parts = {"scheduler": scheduler, "images": loader} | ({"average": average} if average else {})
         if resume_from:
             accelerator.load_state(str(resume_from))
         training = _Training(self, phase, wrapped, optimizer, scheduler, average, steps_per_epoch)
         with self._catch_interrupts(), self._draws(phase, first_step) as log:
-            training.run(loader, first_step, log, after_epoch)
+            try:
+                training.run(loader, first_step, log, after_epoch)
+            except DataError as error:
+                raise RunStopped(f"{error}. {self.checkpoints.how_to_resume()}") from error
         self.save(phase, schedule.epochs * steps_per_epoch)
         self.model = finished(accelerator, wrapped, self.model, average)
         freeze(self.model, "all")
@@ -152,7 +156,13 @@ class Loop:
         accelerator.free_memory()
 
     def save(self, phase: Phase, step: int) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            RunStopped: it cannot be written, or a weight is not finite.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise RunStopped(f"{phase.title}: weights are not finite. {self.checkpoints.how_to_resume()}")
         self.checkpoints.save(self.accelerator, phase.number, step, self.results)
         self._saved_at = time.monotonic()
 
@@ -324,21 +334,6 @@ def compile_blocks(accelerator: Accelerator, model: StitchableForImageClassifica
     plugin.backend = DynamoBackend.NO  # done; prepare() shall not compile the whole as well
 
 
-def make_average(
-    accelerator: Accelerator, model: StitchableForImageClassification, decay: float | None
-) -> ModelEmaV3 | None:
-    """An exponential moving average of all weights.
-
-    Raises:
-        ValueError: the weights are sharded.
-    """
-    if decay is None:
-        return None
-    if is_sharded(accelerator):
-        raise ValueError("ema_decay needs whole weights on every process, which FSDP and DeepSpeed do not keep")
-    return ModelEmaV3(model, decay=decay)
-
-
 @torch.no_grad()
 def finished(
     accelerator: Accelerator,
@@ -355,10 +350,15 @@ def finished(
         model.to(accelerator.device)
     elif average:
         model.load_state_dict(average.module.state_dict())
-    # Batch statistics are each process's own until here.
+    share(model)  # batch statistics are each process's own until here
+    return model
+
+
+@torch.no_grad()
+def share(model: nn.Module) -> None:
+    """Give every process the weights and statistics of the main one."""
     for tensor in model.state_dict().values():
         tensor.copy_(broadcast(tensor))
-    return model
 
 
 def _place(line: str) -> tuple[int, int]:

@@ -53,18 +53,28 @@ def make_optimizer(groups: list[dict[str, Any]], schedule: Schedule) -> torch.op
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, steps_per_epoch: int) -> Scheduler:
-    """Learning rates by optimiser step: `step_update(step)` sets those of a step counted from 0."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=schedule.scheduler,
-        num_epochs=max(1, schedule.epochs),
-        warmup_epochs=schedule.warmup_epochs,
-        warmup_lr=schedule.warmup_learning_rate,
-        decay_rate=1.0,  # of "poly": its power; timm's own 0.1 would hardly decay
-        min_lr=schedule.min_learning_rate,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
+    """Learning rates by optimiser step: `step_update(step)` sets those of a step counted from 0.
+
+    Raises:
+        ValueError: timm's scheduler does not take these options.
+    """
+    # The decay rate of "poly" is its power: timm's own 0.1 would hardly decay.
+    options = {"decay_rate": 1.0} if schedule.scheduler == "poly" else {}
+    options |= schedule.scheduler_options
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=schedule.scheduler,
+            num_epochs=max(1, schedule.epochs),
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_lr=schedule.warmup_learning_rate,
+            min_lr=schedule.min_learning_rate,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **options,
+        )
+    except TypeError as error:
+        raise ValueError(f"timm's scheduler {schedule.scheduler} does not take {options}: {error}") from error
     return scheduler
 
 

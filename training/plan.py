@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, get_cpu_distributed_information
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, get_cpu_distributed_information
 
 from augmentation import make_image_transform, make_mixup
-from optimization import make_optimizer
+from optimization import make_optimizer, make_scheduler
 from recipe import Recipe
 from sampling import StitchSampler
 from stitchable import Stitch, StitchableConfig, StitchableForImageClassification
@@ -38,27 +39,31 @@ def start_processes() -> None:
         return
     launcher = " ".join(psutil.Process().parent().cmdline())
     match = re.search(r"--num[_-]processes[ =](\d+)", launcher)
-    if match is None:
-        raise ValueError("accelerate launch starts one process on a CPU; use torchrun --nproc_per_node N for several")
+    machines = re.search(r"--num[_-]machines[ =](\d+)", launcher)
+    if match is None or (machines and int(machines[1]) > 1):
+        raise ValueError("accelerate launch starts one process on a CPU; use torchrun for several, or several machines")
     del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", match[1], *sys.argv]
     os.execv(sys.executable, command)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process holds only a part of the weights (FSDP, DeepSpeed)."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    """Whether a process holds only a part of the weights (FSDP)."""
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
-def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+def make_accelerator(
+    trackers: Sequence[str] = (), folder: Path | None = None, gradient_accumulation_steps: int = 1
+) -> Accelerator:
     """An Accelerator for steps that use a part of the parameters, on whatever the launcher started.
 
     Args:
         trackers: by Accelerate's names.
         folder: where trackers that write files do so.
+        gradient_accumulation_steps: backward passes per optimiser step.
 
     Raises:
-        ValueError: a tracker that is not installed, or several processes that would not train together.
+        ValueError: a tracker that is not installed, DeepSpeed, or several processes that would not train together.
     """
     installed = {str(tracker) for tracker in get_available_trackers()}
     for tracker in trackers:
@@ -66,15 +71,23 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
             known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
             raise ValueError(f"the tracker {tracker!r} is not installed; Accelerate knows {known}")
     # DDP must be told that a step leaves parameters out, or it silently stops averaging gradients.
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # The others wait while one prepares the data or measures throughput, longer than the default of ten minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, Accelerate makes a process group of torchrun's processes only if told to stay on the CPU.
     on_cpu = num_processes > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(
-        cpu=on_cpu, kwargs_handlers=[handler], log_with=list(trackers) or None, project_dir=folder
+        cpu=on_cpu,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        kwargs_handlers=[unused, patience],
+        log_with=list(trackers) or None,
+        project_dir=folder,
     )
     if accelerator.num_processes != num_processes:
         raise ValueError(f"{num_processes} processes were started, but Accelerate sees {accelerator.num_processes}")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed is not supported; for weights shared out over processes take FSDP")
     return accelerator
 
 
@@ -98,8 +111,8 @@ def check_plan(recipe: Recipe, accelerator: Accelerator) -> None:
                 find_stitch(stitches, stitch_id)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-    if recipe.evaluation.every and is_sharded(accelerator):
-        raise ValueError("evaluation.every: weights that FSDP or DeepSpeed have sharded are measured at the end only")
+    if is_sharded(accelerator):
+        _check_sharded(recipe)
     make_sampler(recipe, stitches, accelerator.num_processes)
     processor = image_processor(config, crop_pct=recipe.data.crop_pct, interpolation=recipe.data.interpolation)
     for name, schedule in (("pretraining", recipe.pretraining), ("training", recipe.training)):
@@ -107,12 +120,30 @@ def check_plan(recipe: Recipe, accelerator: Accelerator) -> None:
             continue
         micro = micro_batch_size(schedule.batch_size, accelerator, f"{name}.batch_size")
         try:
-            make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], schedule)
+            optimizer = make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], schedule)
+            make_scheduler(optimizer, schedule, steps_per_epoch=1)
             make_mixup(schedule, config.num_labels, micro)
             if not recipe.data.in_memory:
                 make_image_transform(schedule.augmentation, config, processor)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+
+def _check_sharded(recipe: Recipe) -> None:
+    schedules = {"pretraining": recipe.pretraining, "training": recipe.training}
+    refused = {
+        "evaluation.every: sharded weights are measured at the end only": recipe.evaluation.every,
+        "sampling.across_processes: with FSDP every process must run the same stitch": (
+            recipe.sampling.across_processes != "same"
+        ),
+    }
+    for name, schedule in schedules.items():
+        if schedule:
+            refused[f"{name}.ema_decay needs whole weights on every process"] = schedule.ema_decay
+            refused[f"{name}.clip agc needs whole weights on every process"] = schedule.clip == "agc"
+    for reason, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(reason)
 
 
 def make_sampler(recipe: Recipe, stitches: Sequence[Stitch], num_processes: int) -> StitchSampler:

@@ -163,12 +163,13 @@ class Schedule(_Section):
         batch_size: images of one optimiser step, all processes and accumulated gradients together.
         optimizer: as in `timm.optim.create_optimizer_v2`; `optimizer_options` go to it, such as momentum or betas.
         learning_rate: at its peak, of the stitching layers; of the anchors `anchor_learning_rate_scale` times that.
-        scheduler: as in `timm.scheduler.create_scheduler_v2`, stepped once per optimiser step.
+        scheduler: as in `timm.scheduler.create_scheduler_v2`, stepped once per optimiser step; `scheduler_options` go
+            to it, such as decay_epochs of "step".
         warmup_learning_rate, min_learning_rate: where the warm-up begins and the decay ends.
         weight_decay: none on biases, norms, and what the anchors' authors leave out (`no_weight_decay` in timm).
         clip: gradients by their norm, by value, or adaptively by unit ("agc"), at `clip_at`; no clipping if null.
         label_smoothing: weight of the uniform distribution in the targets.
-        ema_decay: of an exponential moving average of all weights, which is then evaluated and saved; none if null.
+        ema_decay: of an exponential moving average of all weights, which the phase ends with; none if null.
         trainable: everything, or the stitching layers alone (figure 9 c of the paper).
     """
 
@@ -178,7 +179,8 @@ class Schedule(_Section):
     optimizer_options: dict[str, Any] = {}
     learning_rate: float = Field(gt=0)
     anchor_learning_rate_scale: float = Field(1.0, ge=0)
-    scheduler: Literal["cosine", "tanh", "poly"] = "cosine"
+    scheduler: Literal["cosine", "tanh", "poly", "step", "multistep", "constant"] = "cosine"
+    scheduler_options: dict[str, Any] = {}
     warmup_epochs: float = Field(0, ge=0)
     warmup_learning_rate: float = Field(0.0, ge=0)
     min_learning_rate: float = Field(0.0, ge=0)
@@ -265,6 +267,8 @@ class Recipe(_Section):
         pretrained: whether the anchors begin with timm's weights (or their `weights`), or with random ones.
         pretraining: trains each anchor alone on the data before they are stitched.
         trackers: by the names of Accelerate, such as tensorboard, wandb.
+        gradient_accumulation_steps: backward passes that share the batch of an optimiser step, where a process cannot
+            take its part of it at once. Only batch norms and the pairs of mixup see the smaller batches.
     """
 
     name: str
@@ -283,6 +287,7 @@ class Recipe(_Section):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     trackers: list[str] = ["tensorboard"]
+    gradient_accumulation_steps: int = Field(1, ge=1)
 
     @property
     def run_folder(self) -> Path:

@@ -161,28 +161,32 @@ class Runner:
             settings += ["pretrained=true", "pretraining=null"]
             settings += [f"anchors.{path.stem[-1]}.weights={path}" for path in sorted(anchors.glob("anchor-*"))]
         anchors_folder = str(self.folder / f"anchors-{seed}")
-        settings = [*self.study.settings, *settings]
         own = [override.replace("{anchors}", anchors_folder) for override in self.study.variants[name]]
-        self.train([*settings, *own], output)
+        command = self.train([*settings, *own], output)
         with self.lock:
-            self.results["runs"].setdefault(name, {})[str(seed)] = read_results(output)
-            self.results |= {"recipe": self.study.recipe, "variants": self.study.variants, **provenance()}
+            self.results["runs"].setdefault(name, {})[str(seed)] = {
+                "command": command,
+                **provenance(),
+                **read_results(output),
+            }
             RESULTS.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.results, indent=None) + "\n")
 
-    def train(self, overrides: list[str], output: Path) -> None:
-        """One `train.py`, its output in a log beside it; it goes on where an interrupted one was."""
-        command = [sys.executable, str(ROOT / "training" / "train.py"), "--recipe", str(ROOT / self.study.recipe)]
-        command += [*self.overrides, *overrides, f"output={output}"]
-        run_folder = Path(f"{output}-run")
-        if (run_folder / "recipe.yaml").exists():
-            command.append("--resume")
+    def train(self, overrides: list[str], output: Path) -> str:
+        """One `train.py`, its output in a log beside it, going on where an interrupted one was; returns the command."""
+        settings = [*self.overrides, *self.study.settings, *overrides, f"output={output}"]
+        command = ["training/train.py", "--recipe", self.study.recipe, *settings]
+        if (output / "stitches.json").exists():
+            return " ".join(["python", *command])
+        resume = ["--resume"] if (Path(f"{output}-run") / "recipe.yaml").exists() else []
         output.parent.mkdir(parents=True, exist_ok=True)
-        print(" ".join(command[1:]), flush=True)
+        print(" ".join(command), flush=True)
         with Path(f"{output}.log").open("a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            if subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode:
+            started = [sys.executable, *command, *resume]
+            if subprocess.run(started, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode:
                 raise SystemExit(f"error: the run failed; see {output}.log")
+        return " ".join(["python", *command])
 
 
 def read_results(output: Path) -> dict[str, Any]:

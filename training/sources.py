@@ -202,8 +202,9 @@ def _numbered(dataset: Images, names: list[str], title: str) -> Images:
         raise DataError(
             _outside(title, labels[int(wrong[0])].as_py(), names, f" in row {wrong[0]} ({len(wrong)} in all)")
         )
-    if isinstance(dataset.features["label"], ClassLabel):
-        return dataset.cast_column("label", feature)
+    if dataset.features["label"] == feature:
+        return dataset
+    # Not cast_column, which would write a second copy of all images.
     return dataset.remove_columns("label").add_column("label", numbers, feature=feature)
 
 

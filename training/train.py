@@ -14,23 +14,34 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
-from checkpoints import Checkpoints, RunStopped, check_same_recipe, read_progress, write_recipe
-from data import Splits, TrainingLoader, decode, load_data, make_test_loader, make_training_loader, sample_images
-from loop import Loop, Phase, PhaseState
+from checkpoints import (
+    Checkpoints,
+    RunStopped,
+    check_no_run,
+    check_same_recipe,
+    flatten,
+    read_progress,
+    write_recipe,
+)
+from data import TrainingLoader, make_test_loader, make_training_loader, sample_images
+from loop import Loop, Phase, PhaseState, share
 from losses import StitchLoss, load_teacher
 from plan import check_plan, check_sizes, make_accelerator, make_model, make_sampler, micro_batch_size, start_processes
 from recipe import Recipe, Schedule, load_recipe
 from sampling import StitchSampler
+from sources import DataError, Splits, decode, load_data
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
+from stitchable.evaluation import weights_digest
 from stitchable.processing import image_processor
 from stitchable.publishing import Card, check_new_folder, save_repository
 from stitchable.throughput import measure_throughput
@@ -51,8 +62,10 @@ def main() -> None:
         run(recipe, resume=arguments.resume)
         if PartialState().is_main_process:
             try_out(recipe)
-    except (ValueError, RunStopped, OSError) as error:
+    except (ValueError, RunStopped, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
+    except subprocess.CalledProcessError:
+        sys.exit(f"error: {recipe.output} is finished, but could not be tried out; see above")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; --resume goes on from the last checkpoint")
 
@@ -68,17 +81,22 @@ def run(recipe: Recipe, resume: bool = False) -> StitchableForImageClassificatio
         ValueError: what the recipe asks for cannot be done; as far as can be known, before anything is downloaded.
         RunStopped: the training was interrupted or its loss is not finite.
     """
-    accelerator = make_accelerator(recipe.trackers, recipe.run_folder)
+    accelerator = make_accelerator(recipe.trackers, recipe.run_folder, recipe.gradient_accumulation_steps)
     check_plan(recipe, accelerator)
     if accelerator.is_main_process:
         check_new_folder(Path(recipe.output))
         if resume:
             check_same_recipe(recipe)
         else:
-            write_recipe(recipe)
+            check_no_run(recipe)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers(recipe.name, config=_scalars(recipe.model_dump()))
-    model = _Run(recipe, accelerator, resume).finish()
+    prepared = _Run(recipe, accelerator, resume)
+    if accelerator.is_main_process:
+        write_recipe(recipe)  # not before: a run that could not be prepared leaves nothing to resume
+    settings = flatten(recipe.model_dump()).items()
+    simple = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings}
+    accelerator.init_trackers(recipe.name, config=simple)
+    model = prepared.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return model
@@ -91,7 +109,7 @@ class _Run:
         self.recipe, self.accelerator, self.say = recipe, accelerator, accelerator.print
         set_seed(recipe.seed)  # the same weights on every process
         self.say(f"1/6 data: {recipe.data.dataset}")
-        with accelerator.main_process_first():
+        with accelerator.local_main_process_first():
             self.data: Splits = load_data(recipe.data)
         self.num_images = recipe.data.num_train_images if recipe.data.streaming else len(self.data.train)
         check_sizes(recipe, self.num_images)
@@ -109,7 +127,7 @@ class _Run:
         if recipe.distillation and recipe.distillation.teacher:
             self.teacher = load_teacher(recipe.distillation.teacher, self.model.config).to(accelerator.device)
         self.checkpoints = Checkpoints(recipe.run_folder, recipe.checkpoints.keep)
-        self.checkpoint = self.checkpoints.latest() if resume else None
+        self.checkpoint = self._agree_on_checkpoint() if resume else None
         progress = read_progress(self.checkpoint) if self.checkpoint else {"phase": -1, "step": 0, "results": {}}
         self.phase_of_checkpoint, self.step_of_checkpoint = progress["phase"], progress["step"]
         state = PhaseState()
@@ -120,6 +138,12 @@ class _Run:
             for stage, measured in progress["results"].items()
         }
         self.anchors = [stitch.id for stitch in self.model.stitches if stitch.is_anchor]
+
+    def _agree_on_checkpoint(self) -> Path | None:
+        (checkpoint,) = broadcast_object_list([self.checkpoints.latest()])
+        if checkpoint and not checkpoint.exists():
+            raise ValueError(f"{checkpoint} is not there on every machine: to resume, they must share the run folder")
+        return checkpoint
 
     def finish(self) -> StitchableForImageClassification:
         """Run what is left of the stages."""
@@ -158,6 +182,7 @@ class _Run:
                 self.data.train, self.recipe.data, self.processor, settings.num_samples, self.recipe.seed
             )
         initialize_stitches(self.model, samples, **settings.model_dump())
+        share(self.model)  # random, or rounded in different ways, they are each process's own until here
         initialized = self.measure(self.recipe.evaluation.stitches, "initialized")
         self.say(f"    {_summary(initialized, self.anchors)}")
 
@@ -221,14 +246,33 @@ class _Run:
 
     def measure(self, stitch_ids: list[int] | None, stage: str) -> Metrics:
         """Evaluate stitches, going on where an interrupted evaluation was, and note the figures."""
-        partial = self.recipe.run_folder / f"evaluation-{stage}"
         for stitch in self.model.stitches:
             self.model.record(stitch.id, metrics={})  # what was measured before the weights changed
-        measured = evaluate(self.model, self.test_loader, stitch_ids, accelerator=self.accelerator, checkpoint=partial)
+        measured = self._known_figures(stage)
+        if measured is None:
+            partial = self.recipe.run_folder / f"evaluation-{stage}"
+            measured = evaluate(
+                self.model, self.test_loader, stitch_ids, accelerator=self.accelerator, checkpoint=partial
+            )
+        for stitch_id, metrics in measured.items():
+            self.model.record(stitch_id, metrics=metrics)
         self.results[stage] = measured
         if self.accelerator.is_main_process:
+            known = {"weights": weights_digest(self.model), "figures": measured}
+            (self.recipe.run_folder / f"evaluation-{stage}.json").write_text(json.dumps(known))
             (self.recipe.run_folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
         return measured
+
+    def _known_figures(self, stage: str) -> Metrics | None:
+        """What an earlier part of the run measured of the very same weights."""
+        figures = None
+        path = self.recipe.run_folder / f"evaluation-{stage}.json"
+        if self.accelerator.is_main_process and path.exists():
+            known = json.loads(path.read_text())
+            if known["weights"] == weights_digest(self.model):
+                figures = {int(stitch_id): metrics for stitch_id, metrics in known["figures"].items()}
+        (figures,) = broadcast_object_list([figures])
+        return figures
 
     def publish(self) -> None:
         """Leave the finished repository at the recipe's output, complete or not at all."""
@@ -252,9 +296,13 @@ def try_out(recipe: Recipe, num_images: int = 4) -> None:
     """Load the finished folder as a user does, in a fresh process, and print predictions for the first test images."""
     with tempfile.TemporaryDirectory() as images:
         paths = []
-        for index, row in enumerate(load_data(recipe.data).test.take(num_images)):
-            paths.append(Path(images) / f"{index}_is_{row['label']}.png")
-            decode(row).save(paths[-1])
+        for index, row in enumerate(load_data(recipe.data).test):
+            path = Path(images) / f"{index}_is_{row['label']}.png"
+            with suppress(DataError):  # which one cannot be read was said in the evaluation
+                decode(row).save(path)
+                paths.append(path)
+            if len(paths) == num_images:
+                break
         command = [sys.executable, Path(__file__).with_name("try_out.py"), recipe.output, "--images", *paths]
         subprocess.run([*command, "--modules", *recipe.modules] if recipe.modules else command, check=True)
 
@@ -268,16 +316,6 @@ def _summary(measured: Metrics, anchors: Sequence[int]) -> str:
     if len(measured) > len(parts):
         parts.insert(0, f"mean accuracy of {len(measured)} stitches: {100 * _mean_accuracy(measured):.2f} %")
     return ", ".join(parts)
-
-
-def _scalars(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings as trackers take them: names with dots, simple values."""
-    if not isinstance(content, dict):
-        return {prefix: content if isinstance(content, int | float | str | bool) else str(content)}
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _scalars(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def evaluate(
     is_main = accelerator is None or accelerator.is_main_process
     with evaluation_mode(model):
         remaining = _skip(batches, rows)
-        total = len(batches) - len(rows) if isinstance(batches, Sized) else None
+        total = _num_batches(batches)
+        total = total and total - len(rows)
         for batch in logging.tqdm(remaining, total=total, desc="evaluating", leave=False, disable=not is_main):
             rows.append(_measure(model, batch, ids, accelerator))
             if partial and is_main:
@@ -140,7 +141,7 @@ class _Partial:
             "batch size": str(size),
             "number of processes": str(accelerator.num_processes if accelerator else 1),
             "precision": str(accelerator.mixed_precision if accelerator else "no"),
-            "weights": _digest(model) if self.is_main else "",
+            "weights": weights_digest(model) if self.is_main else "",
         }
         self._saved_at = time.monotonic()
 
@@ -176,12 +177,20 @@ class _Partial:
         self._saved_at = time.monotonic()
 
 
-def _digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all weights and buffers."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _num_batches(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:  # a generator, or a loader of a stream
+        return None
 
 
 def _skip(batches: Iterable[Any], rows: Sequence[torch.Tensor]) -> Iterable[Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from stitchable.evaluation import evaluation_mode
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
@@ -73,7 +74,10 @@ def initialize_stitches(
     accumulator = Accumulator(places_of_layers(model))
     _check_complete(model, accumulator.places)
     with evaluation_mode(model):
-        for pixel_values in _first_images(batches, num_samples):
+        num_chunks = -(-num_samples // _CHUNK)
+        for pixel_values in logging.tqdm(
+            _first_images(batches, num_samples), total=num_chunks, desc="fitting stitching layers", leave=False
+        ):
             accumulator.add(anchor_features(model, pixel_values, accumulator.places))
     statistics = {name: accumulator.statistics(name) for name in layers}
     for name in layers:

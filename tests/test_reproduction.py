@@ -1,0 +1,39 @@
+"""The studies of docs/reproduction.md: their recipes are valid, and their tables are what the results say."""
+
+from pathlib import Path
+
+import pytest
+
+from recipe import load_recipe
+from reproduce import STUDIES
+from reproduction_report import rank_correlations
+
+ROOT = Path(__file__).parents[1]
+VARIANTS = [(study, variant) for study in STUDIES for variant in STUDIES[study].variants]
+
+
+@pytest.mark.parametrize(("study", "variant"), VARIANTS, ids=lambda value: str(value))
+def test_every_variant_is_a_valid_recipe(study: str, variant: str, tmp_path) -> None:
+    settings = STUDIES[study]
+    overrides = [override.replace("{anchors}", str(tmp_path)) for override in settings.variants[variant]]
+    files = ["data.files.train=a", "data.files.test=b"] if "data.dataset=parquet" in settings.settings else []
+    recipe = load_recipe(ROOT / settings.recipe, [*files, *settings.settings, *overrides, "output=x"])
+    plain = load_recipe(ROOT / settings.recipe, [*files, *settings.settings, "output=x"])
+    assert (recipe == plain) == (variant in ("base", "no-pretraining"))
+    assert set(settings.from_scratch) <= set(settings.variants)
+
+
+def test_rank_correlations_are_per_pair_with_its_anchors() -> None:
+    routes = {
+        "0": [[0, 0, 3]],
+        "1": [[1, 0, 3]],
+        "2": [[2, 0, 3]],
+        "3": [[0, 0, 1], [1, 1, 3]],
+        "4": [[0, 0, 2], [1, 2, 3]],
+        "5": [[1, 0, 1], [2, 1, 3]],
+        "6": [[0, 0, 1], [1, 1, 2], [2, 2, 3]],
+    }
+    flops = {"0": 1, "1": 4, "2": 9, "3": 3, "4": 2, "5": 5, "6": 100}
+    accuracy = {"0": 0.1, "1": 0.4, "2": 0.2, "3": 0.3, "4": 0.2, "5": 0.3, "6": 0.0}
+    run = {"stitches": {i: {"route": routes[i], "flops": flops[i]} for i in routes}, "trained": accuracy}
+    assert rank_correlations(run, "trained") == pytest.approx({(0, 1): 1.0, (1, 2): -1.0})

@@ -9,7 +9,7 @@ RUN := runs/digits
 
 # The main job on embedded data: anchors in, one checkpoint with every stitch trained and measured out.
 demo: $(INSTALLED)
-	@test ! -e $(RUN) || { echo "$(RUN) exists: remove it, or choose another folder with make demo RUN=FOLDER"; exit 1; }
+	@test ! -e $(RUN) -a ! -e $(RUN)-run || { echo "$(RUN) or $(RUN)-run exists: remove them, or choose another folder with make demo RUN=FOLDER"; exit 1; }
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		training/train.py --recipe training/recipes/digits.yaml output=$(RUN)
 

@@ -1,4 +1,4 @@
-"""Claim: of the ways in which two processes can share the draws of a training, the default is the fastest.
+"""Claim: of the ways in which two processes can share the draws of a training, none is faster than the default.
 
     python benchmarks/sampling.py [--steps 71] [--rounds 3]
 

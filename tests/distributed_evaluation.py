@@ -13,9 +13,8 @@ from stitchable import StitchableForImageClassification, evaluate, evaluation
 IDS = [0, 4, 2]
 
 
-def main(num_images: int, batch_size: int, checkpoint: str) -> None:
+def report(accelerator: Accelerator, num_images: int, batch_size: int, checkpoint: str) -> None:
     """Evaluate `num_images` samples in batches of `batch_size` per process."""
-    accelerator = Accelerator(cpu=True)
     model, x = make("vit"), images("vit", num_images)
     samples = [{"pixel_values": image, "labels": number % NUM_LABELS} for number, image in enumerate(x)]
     samples[2]["labels"] = -100
@@ -46,7 +45,8 @@ def main(num_images: int, batch_size: int, checkpoint: str) -> None:
         error = str(raised)
     samples[0]["labels"] = 0
     sizes = accelerator.gather(torch.tensor([len(batch["labels"]) for batch in loader]).sum()[None])
-    report = {
+    result = {
+        "num_images": num_images,
         "figures": figures,
         "collectives": len(collectives),
         "measured_before": measured_before,
@@ -55,8 +55,7 @@ def main(num_images: int, batch_size: int, checkpoint: str) -> None:
         "error": error,
         "samples": int(sizes.sum()),
     }
-    print(f"RESULT {json.dumps(report)} END", flush=True)
-    accelerator.end_training()
+    print(f"RESULT {json.dumps(result)} END", flush=True)
 
 
 def interrupt(
@@ -93,4 +92,7 @@ def interrupt(
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    started = Accelerator(cpu=True)
+    for case in sys.argv[2:]:
+        report(started, *map(int, case.split("x")), checkpoint=sys.argv[1])
+    started.end_training()

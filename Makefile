@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 		training/train.py --recipe training/recipes/digits.yaml output=$(RUN)
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

@@ -20,6 +20,8 @@ from transformers.utils import logging
 from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification
 from stitchable.model.routes import find_stitch
 
+logger = logging.get_logger(__name__)
+
 _SECONDS_BETWEEN_SAVES = 30.0
 
 
@@ -115,10 +117,12 @@ def _counted(rows: Sequence[torch.Tensor], batches: Iterable[Any]) -> torch.Tens
     if isinstance(dataset, Sized):
         # Accelerate forgets how many samples fill up the last batch once a loader has skipped its first ones.
         samples = samples[: len(dataset)]
-    samples = samples[~samples[:, 0, 1].isneginf()]
-    if len(samples) == 0:
+    counted = samples[~samples[:, 0, 1].isneginf()]
+    if len(counted) == 0:
         raise ValueError("there is no data to evaluate on: the batches are empty, or every label is -100")
-    return samples
+    if len(counted) < len(samples):
+        logger.warning(f"{len(samples) - len(counted)} of {len(samples)} samples have the label -100 and do not count")
+    return counted
 
 
 class _Partial:

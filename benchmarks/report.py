@@ -15,6 +15,8 @@ def write_report(name: str, figures: dict[str, Any]) -> Path:
     """Write `results/NAME.json` with the figures, command, commit, versions and machine."""
     import torch
 
+    from stitchable.throughput import processor_name
+
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     report = {
         "figures": figures,
@@ -22,7 +24,7 @@ def write_report(name: str, figures: dict[str, Any]) -> Path:
         "commit": commit.stdout.strip(),
         "versions": {name: version(name) for name in ("stitchable", "torch", "timm", "transformers")},
         "machine": {
-            "processor": _processor(),
+            "processor": processor_name(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
         },
@@ -31,11 +33,3 @@ def write_report(name: str, figures: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,6 +1,5 @@
 """examples/cifar10_resnets: a family of one's own, registered by importing a file, with weights from files."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from families import randomise
-from plan import check_plan
+from plan import check_plan, run_modules
 from recipe import load_recipe
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
 
@@ -27,10 +26,7 @@ LAYERS = (20, 32, 44, 56)
 
 def load_example(name: str) -> ModuleType:
     """A file of the example as a module, once: timm warns of models that are registered twice."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+    run_modules([str(FOLDER / f"{name}.py")])
     return sys.modules[name]
 
 

@@ -133,10 +133,7 @@ class _Run:
         state = PhaseState()
         accelerator.register_for_checkpointing(state)
         self.loop = Loop(accelerator, self.model, self.checkpoints, state, recipe.checkpoints.every, recipe.run_folder)
-        self.loop.results = self.results = {
-            stage: {int(stitch_id): metrics for stitch_id, metrics in measured.items()}
-            for stage, measured in progress["results"].items()
-        }
+        self.loop.results = self.results = {stage: _by_id(figures) for stage, figures in progress["results"].items()}
         self.anchors = [stitch.id for stitch in self.model.stitches if stitch.is_anchor]
 
     def _agree_on_checkpoint(self) -> Path | None:
@@ -248,29 +245,31 @@ class _Run:
         """Evaluate stitches, going on where an interrupted evaluation was, and note the figures."""
         for stitch in self.model.stitches:
             self.model.record(stitch.id, metrics={})  # what was measured before the weights changed
-        measured = self._known_figures(stage)
+        partial = self.recipe.run_folder / f"evaluation-{stage}"
+        known = partial.with_suffix(".json")
+        weights = weights_digest(self.model) if self.accelerator.is_main_process else None
+        measured = self._known_figures(known, weights)
         if measured is None:
-            partial = self.recipe.run_folder / f"evaluation-{stage}"
             measured = evaluate(
                 self.model, self.test_loader, stitch_ids, accelerator=self.accelerator, checkpoint=partial
             )
-        for stitch_id, metrics in measured.items():
-            self.model.record(stitch_id, metrics=metrics)
+            if self.accelerator.is_main_process:
+                known.write_text(json.dumps({"weights": weights, "figures": measured}))
+        else:
+            for stitch_id, metrics in measured.items():
+                self.model.record(stitch_id, metrics=metrics)
         self.results[stage] = measured
         if self.accelerator.is_main_process:
-            known = {"weights": weights_digest(self.model), "figures": measured}
-            (self.recipe.run_folder / f"evaluation-{stage}.json").write_text(json.dumps(known))
             (self.recipe.run_folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
         return measured
 
-    def _known_figures(self, stage: str) -> Metrics | None:
-        """What an earlier part of the run measured of the very same weights."""
+    def _known_figures(self, path: Path, weights: str | None) -> Metrics | None:
+        """What an earlier part of the run measured of the very same weights, as the main process finds it."""
         figures = None
-        path = self.recipe.run_folder / f"evaluation-{stage}.json"
         if self.accelerator.is_main_process and path.exists():
             known = json.loads(path.read_text())
-            if known["weights"] == weights_digest(self.model):
-                figures = {int(stitch_id): metrics for stitch_id, metrics in known["figures"].items()}
+            if known["weights"] == weights:
+                figures = _by_id(known["figures"])
         (figures,) = broadcast_object_list([figures])
         return figures
 
@@ -305,6 +304,11 @@ def try_out(recipe: Recipe, num_images: int = 4) -> None:
                 break
         command = [sys.executable, Path(__file__).with_name("try_out.py"), recipe.output, "--images", *paths]
         subprocess.run([*command, "--modules", *recipe.modules] if recipe.modules else command, check=True)
+
+
+def _by_id(figures: dict[str, dict[str, float]]) -> Metrics:
+    """Figures as JSON, whose keys are strings, has kept them."""
+    return {int(stitch_id): metrics for stitch_id, metrics in figures.items()}
 
 
 def _mean_accuracy(measured: Metrics) -> float:

@@ -95,8 +95,11 @@ def _name(device: torch.device) -> str:
     """The device as its maker calls it, as far as can be known."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
+    return processor_name() if device.type == "cpu" else str(device)
+
+
+def processor_name() -> str:
+    """The CPU of this machine as its maker calls it, as far as can be known."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

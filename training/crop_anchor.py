@@ -8,17 +8,28 @@ The recipe says which data to measure on; key.path=value changes it, as for trai
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from data import make_test_loader
-from recipe import load_recipe
+from recipe import Recipe, load_recipe
 from sources import load_data
 from stitchable import StitchableForImageClassification
 from stitchable.costs import profile_anchor
 from stitchable.evaluation import evaluation_mode
 from stitchable.processing import image_processor
+
+
+@dataclass(frozen=True)
+class Crop:
+    """An anchor without some of its blocks: FLOPs per image, top-1 accuracy in 0..1."""
+
+    left_out: str
+    flops: int
+    accuracy: float
 
 
 def main() -> None:
@@ -30,20 +41,28 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to change in the recipe")
     given = parser.parse_intermixed_args()
     try:
-        recipe, accelerator = load_recipe(given.recipe, given.overrides), Accelerator()
-        data, model = recipe.data, StitchableForImageClassification.from_pretrained(given.folder)
-        crops = plan_crops(model, given.anchor)
-        processor = image_processor(model.config, crop_pct=data.crop_pct, interpolation=data.interpolation)
-        test = load_data(data).test
-        loader = make_test_loader(test, data, processor, recipe.evaluation.batch_size, accelerator)
-        accuracies = measure(model.to(accelerator.device), given.anchor, list(crops.values()), loader)
+        crops = crop_anchor(given.folder, load_recipe(given.recipe, given.overrides), given.anchor)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    profile = profile_anchor(model.anchors[given.anchor], model.config.image_size, model.config.num_channels)
     print("| blocks left out | FLOPs | top-1 |\n|:---|---:|---:|")
-    for (title, kept), accuracy in zip(crops.items(), accuracies, strict=True):
-        flops = profile.stem.flops + profile.head.flops + sum(profile.blocks[index].flops for index in kept)
-        print(f"| {title} | {flops:,} | {100 * accuracy:.2f} % |")
+    for crop in crops:
+        print(f"| {crop.left_out} | {crop.flops:,} | {100 * crop.accuracy:.2f} % |")
+
+
+def crop_anchor(folder: str | Path, recipe: Recipe, anchor: int) -> list[Crop]:
+    """An anchor of a finished run, whole and cropped, measured on the test data of `recipe`."""
+    data, accelerator = recipe.data, Accelerator()
+    model = StitchableForImageClassification.from_pretrained(folder)
+    choices = plan_crops(model, anchor)
+    processor = image_processor(model.config, crop_pct=data.crop_pct, interpolation=data.interpolation)
+    loader = make_test_loader(load_data(data).test, data, processor, recipe.evaluation.batch_size, accelerator)
+    accuracies = measure(model.to(accelerator.device), anchor, list(choices.values()), loader)
+    profile = profile_anchor(model.anchors[anchor], model.config.image_size, model.config.num_channels)
+    ends = profile.stem.flops + profile.head.flops
+    return [
+        Crop(title, ends + sum(profile.blocks[index].flops for index in kept), accuracy)
+        for (title, kept), accuracy in zip(choices.items(), accuracies, strict=True)
+    ]
 
 
 def plan_crops(model: StitchableForImageClassification, anchor: int) -> dict[str, list[int]]:

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -24,6 +24,8 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from crop_anchor import crop_anchor
+from recipe import load_recipe
 from stitchable import StitchableForImageClassification
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,7 @@ class Study:
         settings: overrides for every run.
         variants: name -> overrides. Those of `from_scratch` begin with random weights instead of the anchors'.
         from_scratch: names of variants that are networks trained alone, or anchors without pretraining.
+        cropped: name of variant -> the anchor of which blocks are left out afterwards (appendix H).
         pretrains: whether the recipe trains its anchors; then that is done once per seed and shared.
         seeds: how many.
     """
@@ -47,6 +50,7 @@ class Study:
     settings: list[str]
     variants: dict[str, list[str]]
     from_scratch: tuple[str, ...] = ()
+    cropped: dict[str, int] = field(default_factory=dict)
     pretrains: bool = True
     seeds: int = 3
 
@@ -60,7 +64,7 @@ def alone(epochs: int, ids: list[int], schedule: list[str]) -> dict[str, list[st
 STUDIES = {
     "digits": Study(
         "training/recipes/digits.yaml",
-        ["training.epochs=80"],  # half of the recipe's, for the sake of 75 runs
+        [],
         {
             "base": [],
             "kaiming": ["initialization.method=kaiming"],
@@ -70,19 +74,20 @@ STUDIES = {
             "kernel-2-stride-2": ["space.kernel_size=2", "space.stride=2"],
             "kernel-3-stride-3": ["space.kernel_size=3", "space.stride=3"],
             "kernel-4-stride-4": ["space.kernel_size=4", "space.stride=4"],
-            "epochs-24": ["training.epochs=24"],
-            "epochs-160": ["training.epochs=160"],
+            "epochs-40": ["training.epochs=40"],
+            "epochs-80": ["training.epochs=80"],
             "sandwich": ["sampling.method=sandwich", "distillation={kind: in_place}"],
             "soft-teacher": ["distillation={kind: soft, teacher: '{anchors}'}"],
             "hard-teacher": ["distillation={kind: hard, teacher: '{anchors}'}"],
             "flops-bins": ["sampling.method=flops_bins"],
             "samples-50": ["initialization.num_samples=50"],
             "samples-200": ["initialization.num_samples=200"],
-            "layer-drop": ["anchors.2.kwargs.drop_path_rate=0.5", "sampling.stitches=[2]"],
+            "drop-path": ["anchors.2.kwargs.drop_path_rate=0.5", "sampling.stitches=[2]"],
             "no-pretraining": [],
             **alone(60, [6, 10, 14, 22, 26, 30], ["training.learning_rate=5e-3", "training.warmup_epochs=5"]),
         },
         from_scratch=("no-pretraining", *(f"alone-{i}" for i in (6, 10, 14, 22, 26, 30))),
+        cropped={"base": 2, "drop-path": 2},
     ),
     "cifar10": Study(
         "training/recipes/cifar10.yaml",
@@ -91,6 +96,7 @@ STUDIES = {
             "base": [],
             "kaiming": ["initialization.method=kaiming"],
             "slow-to-fast": ["space.direction=slow_to_fast"],
+            "not-nearest": ["space.nearest=false"],
             **alone(10, [31, 19, 38, 24], ["training.anchor_learning_rate_scale=1"]),
         },
         from_scratch=tuple(f"alone-{i}" for i in (31, 19, 38, 24)),
@@ -163,14 +169,21 @@ class Runner:
         anchors_folder = str(self.folder / f"anchors-{seed}")
         own = [override.replace("{anchors}", anchors_folder) for override in self.study.variants[name]]
         command = self.train([*settings, *own], output)
+        crops = self.crop(self.study.cropped[name], output) if name in self.study.cropped else {}
         with self.lock:
             self.results["runs"].setdefault(name, {})[str(seed)] = {
                 "command": command,
                 **provenance(),
                 **read_results(output),
+                **crops,
             }
             RESULTS.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.results, indent=None) + "\n")
+
+    def crop(self, anchor: int, output: Path) -> dict[str, Any]:
+        """FLOPs and accuracy of an anchor with some of its blocks left out."""
+        recipe = load_recipe(ROOT / self.study.recipe, [*self.overrides, *self.study.settings])
+        return {"crops": [asdict(crop) for crop in crop_anchor(output, recipe, anchor)]}
 
     def train(self, overrides: list[str], output: Path) -> str:
         """One `train.py`, its output in a log beside it, going on where an interrupted one was; returns the command."""
@@ -216,9 +229,10 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="which variants; all of them if left out")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at the same time")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "reproduction", help="for runs and logs")
+    parser.add_argument("--folder", type=Path, default=Path("runs/reproduction"), help="for runs and logs")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for every run, such as paths of data")
     arguments = parser.parse_intermixed_args()
+    os.chdir(ROOT)  # the paths in commands and recipes are relative to it
     folder = arguments.folder / arguments.study
     Runner(arguments.study, STUDIES[arguments.study], arguments.overrides, folder).run(arguments.only, arguments.jobs)
 

@@ -97,7 +97,7 @@ def _interpolation(base: dict[str, Run]) -> str:
 def _variants(runs: dict[str, dict[str, Run]]) -> str:
     rows = []
     for name, seeds in runs.items():
-        if name.startswith("alone-") or name == "layer-drop":
+        if name.startswith("alone-") or name == "drop-path":
             continue
         num = len(stitches_of(next(iter(seeds.values())), "trained"))
         columns = []
@@ -138,7 +138,7 @@ def _alone(runs: dict[str, dict[str, Run]]) -> str:
 
 def draw(study: str, runs: dict[str, dict[str, Run]]) -> None:
     """Accuracy against FLOPs, means over the seeds: the base alone, and one panel per variant beside it."""
-    others = [name for name in runs if name != "base" and not name.startswith("alone-") and name != "layer-drop"]
+    others = [name for name in runs if name != "base" and not name.startswith("alone-") and name != "drop-path"]
     panels: list[tuple[str, list[tuple[str, str]]]] = [
         ("least squares, before and after the joint training", [("base", "initialized"), ("base", "trained")])
     ]

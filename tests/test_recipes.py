@@ -13,10 +13,11 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassifi
 
 import stitchable.building
 from augmentation import make_mixup
+from checkpoints import Checkpoints
 from families import randomise
-from loop import freeze
+from loop import Loop, Phase, PhaseState, Stitches, Training, freeze
 from losses import StitchLoss, load_teacher
-from optimization import clip_gradients, make_optimizer, make_scheduler, parameter_groups
+from optimization import make_optimizer, make_scheduler, parameter_groups
 from plan import check_plan, make_model
 from recipe import Recipe, load_recipe
 from sampling import StitchSampler
@@ -222,47 +223,47 @@ def parameters_of(model: StitchableForImageClassification, stitch_ids: set[int])
 
 
 class Stepper:
-    """Two optimiser steps of a recipe on random images, at the first two steps after its warm-up."""
+    """Two steps of the loop on random images, at the first two steps after the recipe's warm-up."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, schedule = recipe, recipe.training
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        schedule, sampling, distillation = recipe.training, recipe.sampling, recipe.distillation
         self.model = randomise(make_model(recipe, LABELS))
         freeze(self.model, schedule.trainable)
-        self.optimizer = make_optimizer(parameter_groups(self.model, schedule), schedule)
-        self.scheduler = make_scheduler(self.optimizer, schedule, steps_per_epoch=2)
-        sampling, distillation = recipe.sampling, recipe.distillation
         self.sampler = StitchSampler(self.model.stitches, sampling.stitches, method=sampling.method, seed=recipe.seed)
         settings = distillation.model_dump(exclude={"teacher"}) if distillation else {}
         name = distillation.teacher if distillation else None
         guide = load_teacher(name, self.model.config) if name else None
-        self.loss = StitchLoss(schedule.label_smoothing, teacher=guide, **settings)
+        loss = StitchLoss(schedule.label_smoothing, teacher=guide, **settings)
+        phase = Phase(0, "stitches", schedule, self.sampler, loss)
+        accelerator = Accelerator(cpu=True)
+        loop = Loop(accelerator, self.model, Checkpoints(folder, 1), PhaseState(), None, folder)
+        optimizer = make_optimizer(parameter_groups(self.model, schedule), schedule)
+        scheduler = make_scheduler(optimizer, schedule, steps_per_epoch=2)
+        wrapped, self.optimizer = accelerator.prepare(Stitches(self.model), optimizer)
+        self.training = Training(loop, phase, wrapped, self.optimizer, scheduler, None, 2)
         self.mix = make_mixup(schedule, len(LABELS), schedule.batch_size)
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Random images and labels, mixed as the recipe has it."""
+        size = self.training.phase.schedule.batch_size
+        while True:
+            x = torch.randn(size, 3, *self.model.config.image_size)
+            labels = torch.randint(len(LABELS), (size,))
+            x, labels = self.mix(x, labels) if self.mix else (x, labels)
+            yield {"pixel_values": x, "labels": labels}
 
     def run(self) -> tuple[set[int], list[float]]:
         """The stitches that were drawn, and the losses."""
-        schedule, drawn, losses = self.recipe.training, set(), []
-        self.model.train()
-        first = int(schedule.warmup_epochs * 2)
-        for step in (first, first + 1):
-            self.scheduler.step_update(step)
-            x = torch.randn(schedule.batch_size, 3, *self.model.config.image_size)
-            labels = torch.randint(len(LABELS), (schedule.batch_size,))
-            x, labels = self.mix(x, labels) if self.mix else (x, labels)
-            stitch_ids = self.sampler.draw(step)
-            loss = self.loss([self.model(x, stitch_id=i).logits for i in stitch_ids], labels, x)
-            self.optimizer.zero_grad()
-            loss.backward()
-            clip_gradients(Accelerator(), list(self.model.parameters()), schedule)
-            self.optimizer.step()
-            drawn |= set(stitch_ids)
-            losses.append(float(loss.detach()))
-        return drawn, losses
+        first, batches = int(self.training.phase.schedule.warmup_epochs * 2), self.batches()
+        self.training.train_mode()
+        losses = [float(self.training.step(step, batches, 1)) for step in (first, first + 1)]
+        return {*self.sampler.draw(first), *self.sampler.draw(first + 1)}, losses
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_steps_and_moves_what_it_drew(name: str, teacher: str) -> None:
+def test_a_recipe_steps_and_moves_what_it_drew(name: str, teacher: str, tmp_path: Path) -> None:
     recipe = reduced(name, teacher)
-    stepper = Stepper(recipe)
+    stepper = Stepper(recipe, tmp_path)
     model: nn.Module = stepper.model
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     drawn, losses = stepper.run()

@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from data import make_test_loader
+from data import make_processor, make_test_loader
 from recipe import Recipe, load_recipe
 from sources import load_data
 from stitchable import StitchableForImageClassification
 from stitchable.costs import profile_anchor
 from stitchable.evaluation import evaluation_mode
-from stitchable.processing import image_processor
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def crop_anchor(folder: str | Path, recipe: Recipe, anchor: int) -> list[Crop]:
     data, accelerator = recipe.data, Accelerator()
     model = StitchableForImageClassification.from_pretrained(folder)
     choices = plan_crops(model, anchor)
-    processor = image_processor(model.config, crop_pct=data.crop_pct, interpolation=data.interpolation)
-    loader = make_test_loader(load_data(data).test, data, processor, recipe.evaluation.batch_size, accelerator)
+    processor, batch_size = make_processor(data, model.config), recipe.evaluation.batch_size
+    loader = make_test_loader(load_data(data).test, data, processor, batch_size, accelerator)
     accuracies = measure(model.to(accelerator.device), anchor, list(choices.values()), loader)
     profile = profile_anchor(model.anchors[anchor], model.config.image_size, model.config.num_channels)
     ends = profile.stem.flops + profile.head.flops

@@ -32,6 +32,8 @@ from augmentation import (
 from recipe import Data, Schedule
 from sources import DataError, Images, decode
 from stitchable import StitchableConfig
+from stitchable.metrics import IGNORED
+from stitchable.processing import image_processor
 from streams import SHUFFLE_BUFFER, Stream
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,11 @@ class TrainingLoader:
                 logger.warning("%s; another image takes its place", problem)
 
 
+def make_processor(data: Data, config: StitchableConfig) -> BitImageProcessor:
+    """The evaluation transform that a recipe's data ask for."""
+    return image_processor(config, crop_pct=data.crop_pct, interpolation=data.interpolation)
+
+
 def make_training_loader(
     dataset: Images,
     data: Data,
@@ -118,18 +125,18 @@ def make_training_loader(
         ValueError: too few images, an odd batch to be mixed, an unknown augmentation.
     """
     mix = make_mixup(schedule, config.num_labels, batch_size)
+    # Images in memory are augmented by batches, others one by one.
+    transform = None if data.in_memory else make_image_transform(schedule.augmentation, config, processor)
     if isinstance(dataset, IterableDataset):
-        transform = make_image_transform(schedule.augmentation, config, processor)
         stream: Source = Stream(dataset, data, transform, batch_size, batches_per_epoch, seed, accelerator)
         return TrainingLoader(stream, batches_per_epoch, mix, seed, accelerator)
     num_draws = batch_size * batches_per_epoch * accelerator.num_processes
     if num_draws > len(dataset):
         raise ValueError(f"an epoch of {num_draws} images is asked for, but there are only {len(dataset)}")
-    if data.in_memory:
+    if transform is None:
         pixels = _in_memory(dataset, data, processor, accelerator)
         items: Any = _AugmentedBatches(pixels, BatchAugmentation(schedule.augmentation, config), seed)
     else:
-        transform = make_image_transform(schedule.augmentation, config, processor)
         items = _AugmentedImages(dataset, transform, data.on_corrupt_image, seed)
     sampler = _Draws(len(dataset), num_draws, schedule.augmentation.repeats, seed)
     source = _Finite(items, sampler, batch_size, data.num_workers, accelerator)
@@ -177,7 +184,7 @@ def sample_images(
         loader = DataLoader(_Rows(dataset), batch_size, sampler=order, collate_fn=to_batch, generator=generator)
     missing = num_samples
     for batch in loader:
-        pixel_values = batch["pixel_values"][batch["labels"] != -100][:missing]
+        pixel_values = batch["pixel_values"][batch["labels"] != IGNORED][:missing]
         missing -= len(pixel_values)
         if len(pixel_values):
             yield pixel_values
@@ -280,7 +287,7 @@ class _AugmentedBatches(torch.utils.data.Dataset):
 
     def __init__(self, images: _InMemory, augment: BatchAugmentation, seed: int) -> None:
         self.images, self.augment, self.seed = images, augment, seed
-        readable = (images.labels != -100).nonzero().flatten()
+        readable = (images.labels != IGNORED).nonzero().flatten()
         if not len(readable):
             raise DataError("none of the images can be read")
         # An image that cannot be read is replaced by the next one that can be.
@@ -349,9 +356,9 @@ class _Evaluation:
                 if self.on_corrupt == "stop":
                     raise
                 logger.warning("%s; it is left out", error)
-                labels[index] = -100
+                labels[index] = IGNORED
         size = self.processor.crop_size
         pixel_values = torch.zeros(len(rows), len(self.processor.image_mean), size["height"], size["width"])
         if images:
-            pixel_values[labels != -100] = self.processor(images=images, return_tensors="pt")["pixel_values"]
+            pixel_values[labels != IGNORED] = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "labels": labels}

@@ -142,7 +142,7 @@ class Loop:
         self.state.parts = {"scheduler": scheduler, "images": loader} | ({"average": average} if average else {})
         if resume_from:
             accelerator.load_state(str(resume_from))
-        training = _Training(self, phase, wrapped, optimizer, scheduler, average, steps_per_epoch)
+        training = Training(self, phase, wrapped, optimizer, scheduler, average, steps_per_epoch)
         with self._catch_interrupts(), self._draws(phase, first_step) as log:
             try:
                 training.run(loader, first_step, log, after_epoch)
@@ -221,7 +221,7 @@ class Loop:
 
 
 @dataclass
-class _Training:
+class Training:
     """The steps of one phase."""
 
     loop: Loop
@@ -237,6 +237,7 @@ class _Training:
         self.parameters = list(self.wrapped.parameters())
 
     def run(self, loader: TrainingLoader, first_step: int, log_draw: Callable, after_epoch: Callable | None) -> None:
+        """All epochs from a step on: logged, checked, saved as the loop asks."""
         accelerator, epochs = self.loop.accelerator, self.phase.schedule.epochs
         accumulation = accelerator.gradient_accumulation_steps
         progress = tqdm(
@@ -246,14 +247,14 @@ class _Training:
             disable=not accelerator.is_main_process,
         )
         for epoch in range(first_step // self.steps_per_epoch, epochs):
-            self._train_mode()
+            self.train_mode()
             start, started = max(first_step, epoch * self.steps_per_epoch), time.perf_counter()
             batches = loader.epoch(epoch, (start - epoch * self.steps_per_epoch) * accumulation)
             total = 0.0
             stop = (epoch + 1) * self.steps_per_epoch
             for step in range(start, stop):
                 log_draw(step)
-                signals = self.loop.agree(self._step(step, batches, accumulation), step, step + 1 == stop)
+                signals = self.loop.agree(self.step(step, batches, accumulation), step, step + 1 == stop)
                 self._check(step, signals)
                 total += signals.loss
                 progress.update()
@@ -272,12 +273,13 @@ class _Training:
                 progress.write(f"{self.phase.title}, epoch {epoch + 1}/{epochs}: {line}")
         progress.close()
 
-    def _train_mode(self) -> None:
+    def train_mode(self) -> None:
+        """Drop path, and batch statistics of what is trained."""
         self.wrapped.train()
         if self.phase.schedule.trainable == "stitching_layers":
             self.loop.model.anchors.eval()  # frozen, statistics of batch norms too
 
-    def _step(self, step: int, batches: Iterator[dict[str, torch.Tensor]], accumulation: int) -> torch.Tensor:
+    def step(self, step: int, batches: Iterator[dict[str, torch.Tensor]], accumulation: int) -> torch.Tensor:
         """One optimiser step; returns its loss on this process."""
         accelerator = self.loop.accelerator
         self.scheduler.step_update(step)

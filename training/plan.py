@@ -16,12 +16,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, get_cpu_distributed_information
 
 from augmentation import make_image_transform, make_mixup
+from data import make_processor
 from optimization import make_optimizer, make_scheduler
 from recipe import Recipe
 from sampling import StitchSampler
 from stitchable import Stitch, StitchableConfig, StitchableForImageClassification
 from stitchable.model.routes import find_stitch
-from stitchable.processing import image_processor
 
 
 def start_processes() -> None:
@@ -114,7 +114,7 @@ def check_plan(recipe: Recipe, accelerator: Accelerator) -> None:
     if is_sharded(accelerator):
         _check_sharded(recipe)
     make_sampler(recipe, stitches, accelerator.num_processes)
-    processor = image_processor(config, crop_pct=recipe.data.crop_pct, interpolation=recipe.data.interpolation)
+    processor = make_processor(recipe.data, config)
     for name, schedule in (("pretraining", recipe.pretraining), ("training", recipe.training)):
         if schedule is None:
             continue

@@ -33,7 +33,7 @@ from checkpoints import (
     read_progress,
     write_recipe,
 )
-from data import TrainingLoader, make_test_loader, make_training_loader, sample_images
+from data import TrainingLoader, make_processor, make_test_loader, make_training_loader, sample_images
 from loop import Loop, Phase, PhaseState, share
 from losses import StitchLoss, load_teacher
 from plan import check_plan, check_sizes, make_accelerator, make_model, make_sampler, micro_batch_size, start_processes
@@ -42,7 +42,6 @@ from sampling import StitchSampler
 from sources import DataError, Splits, decode, load_data
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
 from stitchable.evaluation import weights_digest
-from stitchable.processing import image_processor
 from stitchable.publishing import Card, check_new_folder, save_repository
 from stitchable.throughput import measure_throughput
 
@@ -117,9 +116,7 @@ class _Run:
         self.model.to(accelerator.device)
         # From here on each process draws in its own way (drop path).
         set_seed(recipe.seed, device_specific=True)
-        self.processor: BaseImageProcessor = image_processor(
-            self.model.config, crop_pct=recipe.data.crop_pct, interpolation=recipe.data.interpolation
-        )
+        self.processor: BaseImageProcessor = make_processor(recipe.data, self.model.config)
         self.test_loader: DataLoader = make_test_loader(
             self.data.test, recipe.data, self.processor, recipe.evaluation.batch_size, accelerator
         )

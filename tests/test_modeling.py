@@ -1,12 +1,12 @@
 """Choosing, running and taking out stitches."""
 
 import copy
+import json
 import logging
 import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from families import NUM_LABELS, images, make
@@ -37,10 +37,6 @@ def test_set_stitch_is_the_default_of_later_calls_and_of_the_saved_config(model,
     assert not torch.equal(model(x).logits, model(x, stitch_id=6).logits)
     model.save_pretrained(tmp_path)
     assert StitchableForImageClassification.from_pretrained(tmp_path).stitch.id == 5
-    loaded = StitchableForImageClassification.from_pretrained(tmp_path, stitch_id=3)
-    assert loaded.stitch.id == 3
-    with pytest.raises(ValueError, match=r"stitch_id 99 is out of range: this model has stitches 0\.\.8"):
-        StitchableForImageClassification.from_pretrained(tmp_path, stitch_id=99)
 
 
 @pytest.mark.parametrize("wrong", [9, -1, 1.0, "1", True, [1]])
@@ -181,7 +177,7 @@ def test_extraction_copies_and_keeps_what_it_copies(model) -> None:
         extracted.anchors[1].head.weight.zero_()
     assert model.anchors[1].head.weight.abs().sum() > 0
     assert model.extract(0).extract(0).stitch == model.stitches[0]
-    with pytest.raises(ValueError, match=r"stitches 4\.\.4"):
+    with pytest.raises(ValueError, match="stitch 0 was left out of this model, which has stitch 4 only"):
         extracted.set_stitch(0)
 
 
@@ -210,9 +206,10 @@ def test_a_new_model_keeps_timms_initialisation() -> None:
 
 def test_stitching_layers_that_a_checkpoint_lacks_start_as_pytorch_starts_them(model, tmp_path) -> None:
     model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    weights = {key: value for key, value in load_file(file).items() if not key.startswith("stitching_layers.")}
-    save_file(weights, file, metadata={"format": "pt"})
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if "stitching" not in file}
+    index.write_text(json.dumps(content))
     layer = StitchableForImageClassification.from_pretrained(tmp_path).get_stitching_layer("0-1.0")
     bound = layer.in_features**-0.5  # Kaiming uniform of a 1x1 convolution
     for parameter in (layer.weight, layer.bias):

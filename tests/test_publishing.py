@@ -29,12 +29,14 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 folder, image, pixels, expected, again = sys.argv[1:]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, stitch_id=3)
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+part = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, stitch_id=3)
 x, logits = torch.load(pixels), torch.load(expected)
 with torch.no_grad():
     for stitch in model.stitches:
         assert torch.equal(model(x, stitch_id=stitch.id).logits, logits[stitch.id]), stitch
-    assert torch.equal(model(x).logits, logits[3])
+    assert torch.equal(part(x).logits, logits[3])
+    assert [s.id for s in part.stitches] == [3]
     features = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert features(x, stitch_id=3).pooler_output.ndim == 2
 stitch = model.for_budget(1e12)
@@ -86,9 +88,17 @@ def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
     model, _ = published("vit", tmp_path / "hub")
     folder = tmp_path / "hub"
     assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "model.safetensors", "preprocessor_config.json"),
+        *("config.json", "preprocessor_config.json", "model.safetensors.index.json"),
+        *("model-anchor-0.safetensors", "model-anchor-1.safetensors", "model-stitching-layers.safetensors"),
         *("README.md", "stitches.json", "accuracy_flops.png"),
-        *("anchors.py", "configuration_stitchable.py", "modeling_stitchable.py", "routes.py", "stitching.py"),
+        *(
+            "anchors.py",
+            "configuration_stitchable.py",
+            "modeling_stitchable.py",
+            "routes.py",
+            "shards.py",
+            "stitching.py",
+        ),
     }
     table = json.loads((folder / "stitches.json").read_text())
     config = json.loads((folder / "config.json").read_text())

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .routes import AnchorShape, Stitch, check_stitches, find_stitch
+from .routes import AnchorShape, Stitch, check_stitches, find_stitch, restrict
 
 STITCHABLE_VERSION = "0.1.0"
 
@@ -37,6 +37,8 @@ class StitchableConfig(PreTrainedConfig):
         num_channels: channels of the image.
         image_mean: per channel, of pixels in 0..1.
         image_std: per channel, of pixels in 0..1.
+        left_out: ids of the stitches that the checkpoint has and this model leaves out, because it was loaded for one
+            stitch or budget, or extracted.
         num_labels_of_costs: number of labels that `flops` and `params` were counted with.
         stitchable_version: the version that wrote this config.
         kwargs: as in any `PreTrainedConfig`, `num_labels`, `id2label` and `label2id` among them.
@@ -57,6 +59,7 @@ class StitchableConfig(PreTrainedConfig):
         num_channels: int = 3,
         image_mean: Sequence[float] = (0.485, 0.456, 0.406),
         image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        left_out: Sequence[int] = (),
         num_labels_of_costs: int | None = None,
         stitchable_version: str = STITCHABLE_VERSION,
         **kwargs: Any,
@@ -69,6 +72,7 @@ class StitchableConfig(PreTrainedConfig):
         self.num_channels = num_channels
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.left_out = list(left_out)
         self.num_labels_of_costs = num_labels_of_costs
         self.stitchable_version = stitchable_version
         # One class registers one auto class (hub_facts); a checkpoint needs all three.
@@ -77,6 +81,37 @@ class StitchableConfig(PreTrainedConfig):
         # transformers makes an empty config to find what differs from the defaults.
         if self.anchors or self.stitches:
             self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in any `PreTrainedConfig`; `stitch_id` and `max_flops` leave out the stitches that they do not ask for.
+
+        So does `from_pretrained` of configs and models, which calls this.
+
+        Args:
+            config_dict: as `to_dict` returns it.
+            kwargs: `stitch_id`, the only stitch to keep; or `max_flops`, to keep every stitch up to that cost, or both,
+                to make one of these the default; others as in any `PreTrainedConfig`.
+
+        Raises:
+            ValueError: there is no such stitch.
+        """
+        stitch_id, max_flops = kwargs.pop("stitch_id", None), kwargs.pop("max_flops", None)
+        if stitch_id is not None or max_flops is not None:
+            stitches = [Stitch.from_dict(stitch) for stitch in config_dict.get("stitches", ())]
+            if not stitches:
+                raise ValueError(
+                    "there is no config.json of a stitchable model, so there are no stitches to choose from"
+                )
+            kept, default = restrict(stitches, config_dict.get("stitch_id"), stitch_id, max_flops)
+            left_out = {stitch.id for stitch in stitches} - {stitch.id for stitch in kept}
+            config_dict = {
+                **config_dict,
+                "stitches": [stitch.to_dict() for stitch in kept],
+                "stitch_id": default,
+                "left_out": sorted({*config_dict.get("left_out", ()), *left_out}),
+            }
+        return super().from_dict(config_dict, **kwargs)
 
     def _check(self) -> None:
         shapes = [AnchorShape.from_dict(anchor) for anchor in self.anchors]

@@ -5,22 +5,29 @@ Stitchable Neural Networks, Pan, Cai, Zhuang, CVPR 2023 (https://arxiv.org/abs/2
 
 import copy
 import importlib
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import logging
 
 from .anchors import Chain, Layout, TimmModel, create_timm_model
 from .configuration_stitchable import StitchableConfig
 from .routes import AnchorShape, Segment, Stitch, best_within, find_stitch
+from .shards import find_shards, read_weights, split_weights
 from .stitching import StitchingLayer
 
 logger = logging.get_logger(__name__)
+
+# Arguments of from_pretrained that say where and how to look for files.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 
 
 class Step(NamedTuple):
@@ -52,8 +59,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if not config.anchors:
             raise ValueError("this config has no anchors; make one with StitchableConfig.from_anchors([...])")
         self._stitches: tuple[Stitch, ...] = tuple(Stitch.from_dict(stitch) for stitch in config.stitches)
-        # Again, because from_pretrained(..., stitch_id=...) sets it after the config was checked.
-        find_stitch(self._stitches, config.stitch_id)
+        find_stitch(self._stitches, config.stitch_id)  # again, because a config can be changed after it was checked
         self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
         self.gradient_checkpointing = False
         self._plans = {stitch.id: _plan(stitch) for stitch in self.stitches}
@@ -137,7 +143,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return recorded
 
     def _find(self, stitch_id: int | None) -> Stitch:
-        return find_stitch(self.stitches, self.config.stitch_id if stitch_id is None else stitch_id)
+        wanted = self.config.stitch_id if stitch_id is None else stitch_id
+        return find_stitch(self.stitches, wanted, self.config.left_out)
 
     # ---------------------------------------------------------------- running a stitch
 
@@ -197,6 +204,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         """
         stitch = self._find(stitch_id)
         config: StitchableConfig = copy.deepcopy(self.config)
+        others = [entry["id"] for entry in config.stitches if entry["id"] != stitch.id]
+        config.left_out = sorted({*config.left_out, *others})
         config.stitches = [entry for entry in config.stitches if entry["id"] == stitch.id]
         config.stitch_id = stitch.id
         with torch.device("meta"):
@@ -209,6 +218,63 @@ class StitchablePreTrainedModel(PreTrainedModel):
             for key, _ in list(module.named_buffers(recurse=False)):
                 setattr(module, key, source.get_buffer(key).clone())
         return extracted.train(self.training)
+
+    # ---------------------------------------------------------------- saving and loading
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in any `PreTrainedModel`, but the weights are one file per anchor and one for the stitching layers.
+
+        So a model that is loaded for one stitch or a budget downloads only the files it needs. `max_shard_size` has no
+        effect.
+        """
+        push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        kwargs["max_shard_size"] = sys.maxsize
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            split_weights(save_directory, kwargs.get("variant"))
+        if push_to_hub:
+            # A decorator of transformers makes a function of this method for mypy.
+            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> "StitchablePreTrainedModel":
+        """As in any `PreTrainedModel`, and in part where a part is enough.
+
+        Args:
+            pretrained_model_name_or_path: a folder or the id of a repository on the Hub.
+            args: as in any `PreTrainedModel`.
+            kwargs: `stitch_id` keeps this stitch alone, `max_flops` every stitch up to that cost (FLOPs per image);
+                only their weights are downloaded and read, only their modules are built. Others as in any
+                `PreTrainedModel`.
+
+        Raises:
+            ValueError: no such stitch, or weights that are another model's.
+            OSError: no such checkpoint, or one with a missing or damaged file; names it.
+        """
+        source = pretrained_model_name_or_path
+        if source is None or kwargs.get("gguf_file") or kwargs.get("use_safetensors") is False:
+            return super().from_pretrained(source, *args, **kwargs)
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        config = kwargs.pop("config", None)
+        if not isinstance(config, PreTrainedConfig):
+            config, kwargs = cls.config_class.from_pretrained(
+                config or source, return_unused_kwargs=True, **{**kwargs, **hub}
+            )
+            kwargs |= hub
+        if not config.anchors:  # transformers makes an empty config where there is none
+            raise ValueError(f"{source} has no config.json of a stitchable model")
+        with torch.device("meta"):
+            needed = cls(copy.deepcopy(config)).state_dict().keys()
+        files = find_shards(source, needed, variant=kwargs.get("variant"), **hub)
+        if files is None or not config.left_out:
+            return super().from_pretrained(source, *args, config=config, **kwargs)
+        for name in (*hub, "variant", "use_safetensors"):
+            kwargs.pop(name, None)
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=read_weights(files), **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).name_or_path = os.fspath(source)
+        return loaded
 
     # ---------------------------------------------------------------- building
 

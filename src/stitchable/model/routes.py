@@ -230,8 +230,13 @@ def _problem_of_route(stitch: Stitch, depths: Sequence[int]) -> str | None:
     return None
 
 
-def find_stitch(stitches: Sequence[Stitch], stitch_id: int | None) -> Stitch:
+def find_stitch(stitches: Sequence[Stitch], stitch_id: int | None, left_out: Sequence[int] = ()) -> Stitch:
     """The stitch with this id.
+
+    Args:
+        stitches: those there are.
+        stitch_id: the one that is wanted.
+        left_out: ids of stitches that are known, but were not loaded.
 
     Raises:
         ValueError: not an integer, or no stitch has it.
@@ -242,8 +247,14 @@ def find_stitch(stitches: Sequence[Stitch], stitch_id: int | None) -> Stitch:
             return stitch
     ids = [stitch.id for stitch in stitches]
     nearest = min(ids, key=lambda known: abs(known - wanted))
-    known = f"{ids[0]}..{ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else str(ids)
-    raise ValueError(f"stitch_id {wanted} is out of range: this model has stitches {known}; the nearest is {nearest}")
+    if wanted in left_out:
+        raise ValueError(
+            f"stitch {wanted} was left out of this model, which has {_listed(ids)}; load the checkpoint without "
+            "stitch_id and max_flops, or with others"
+        )
+    raise ValueError(
+        f"stitch_id {wanted} is out of range: this model has stitches {_listed(ids)}; the nearest is {nearest}"
+    )
 
 
 def best_within(
@@ -289,6 +300,34 @@ def best_within(
     return max(affordable, key=lambda stitch: stitch.flops or 0)
 
 
+def restrict(
+    stitches: Sequence[Stitch], default: int | None, stitch_id: int | None, max_flops: float | None
+) -> tuple[list[Stitch], int | None]:
+    """The stitches to keep of a checkpoint of which a part is loaded, and the default among them.
+
+    Args:
+        stitches: of the checkpoint.
+        default: of the checkpoint.
+        stitch_id: the stitch to keep, alone if there is no `max_flops`; it is the default then.
+        max_flops: every stitch up to these FLOPs is kept.
+
+    Raises:
+        ValueError: no stitch has this id, or none is within these FLOPs.
+    """
+    if stitch_id is not None:
+        chosen = find_stitch(stitches, stitch_id)
+        if max_flops is None:
+            return [chosen], chosen.id
+        default = chosen.id
+    best = best_within(stitches, flops=max_flops)
+    kept = [stitch for stitch in stitches if stitch.flops is not None and stitch.flops <= float(max_flops or 0)]
+    if any(stitch.id == default for stitch in kept):
+        return kept, default
+    if stitch_id is not None:
+        raise ValueError(f"stitch_id {stitch_id} is beyond max_flops {max_flops:g}; give one of them")
+    return kept, best.id
+
+
 def pareto_front(stitches: Iterable[Stitch], metric: str = "accuracy") -> list[Stitch]:
     """The measured stitches that no other beats in both FLOPs and metric, cheapest first."""
     front: list[Stitch] = []
@@ -301,6 +340,12 @@ def pareto_front(stitches: Iterable[Stitch], metric: str = "accuracy") -> list[S
         if not front or stitch.metrics[metric] > front[-1].metrics[metric]:
             front.append(stitch)
     return front
+
+
+def _listed(ids: Sequence[int]) -> str:
+    if len(ids) == 1:
+        return f"stitch {ids[0]} only"
+    return f"stitches {ids[0]}..{ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else f"stitches {ids}"
 
 
 def _is_list(value: Any) -> bool:

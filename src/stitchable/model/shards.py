@@ -1,0 +1,126 @@
+"""Weights in one file per anchor and one for the stitching layers, of which a model reads only what it needs."""
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+_PATTERNS = ("model-anchor-*.safetensors", "model-stitching-layers.safetensors")
+
+
+def split_weights(folder: str | os.PathLike, variant: str | None = None) -> None:
+    """Replace the `model.safetensors` of a folder by a file per anchor, one for the stitching layers, and their index.
+
+    Weights of a single part stay one file. Whenever this is interrupted, the folder holds a complete checkpoint.
+    """
+    folder = Path(folder)
+    whole, index = (folder / _with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    patterns = (_with_variant(pattern, variant) for pattern in _PATTERNS)
+    stale = {path for pattern in patterns for path in folder.glob(pattern)} | {index}
+    with safe_open(whole, framework="pt") as weights:
+        names = list(weights.keys())
+        weight_map = {name: _with_variant(_shard_of(name), variant) for name in names}
+        if len(set(weight_map.values())) > 1:
+            total_size = 0
+            for shard in sorted(set(weight_map.values())):
+                tensors = {name: weights.get_tensor(name) for name in names if weight_map[name] == shard}
+                save_file(tensors, folder / shard, metadata={"format": "pt"})
+                total_size += sum(tensor.nbytes for tensor in tensors.values())
+            content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            index.write_text(json.dumps(content, indent=2) + "\n")
+            stale -= {index, *(folder / shard for shard in weight_map.values())}
+            stale |= {whole}  # it would win over the index
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) -> dict[str, list[str]] | None:
+    """The files of a checkpoint that hold the `needed` weights, downloaded if it is on the Hub.
+
+    Args:
+        source: a folder, or the id of a repository on the Hub.
+        needed: names of weights.
+        hub: `variant`, and where to look: `cache_dir`, `force_download`, `local_files_only`, `proxies`, `token`,
+            `revision`, `subfolder`.
+
+    Returns:
+        Path of each file -> the names that are needed of it; None where the checkpoint has no safetensors.
+
+    Raises:
+        OSError: a file that the index names is not there, or one that is no complete safetensors file.
+        ValueError: an index that is none, or a checkpoint that holds none of the weights.
+    """
+    variant = hub.pop("variant", None)
+    names = [_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    whole = cached_file(source, names[0], _raise_exceptions_for_missing_entries=False, **hub)
+    if whole is not None:
+        files = {whole: sorted(set(_names_in(whole)) & set(needed))}
+    else:
+        index = cached_file(source, names[1], _raise_exceptions_for_missing_entries=False, **hub)
+        if index is None:
+            return None
+        weight_map = _read_index(index)
+        wanted: dict[str, list[str]] = {}
+        for name in sorted(set(needed) & set(weight_map)):
+            wanted.setdefault(weight_map[name], []).append(name)
+        files = {_fetch(source, shard, names[1], **hub): members for shard, members in wanted.items()}
+        for path, members in files.items():
+            missing = set(members) - set(_names_in(path))
+            if missing:
+                raise OSError(f"{path} lacks {len(missing)} weights that {names[1]} places there, e.g. {min(missing)}")
+    if not any(files.values()):
+        raise ValueError(f"the weights of {source} are those of another model: it has none of this model's")
+    return files
+
+
+def read_weights(files: Mapping[str, Collection[str]]) -> dict[str, torch.Tensor]:
+    """The named tensors of safetensors files, on the CPU; nothing else of the files is read."""
+    state_dict: dict[str, torch.Tensor] = {}
+    for path, names in files.items():
+        with safe_open(path, framework="pt") as weights:
+            state_dict |= {name: weights.get_tensor(name) for name in names}
+    return state_dict
+
+
+def _shard_of(name: str) -> str:
+    role, part, _ = name.split(".", 2)
+    return f"model-anchor-{part}.safetensors" if role == "anchors" else "model-stitching-layers.safetensors"
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, suffix = name.rsplit(".", 1)
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def _fetch(source: str | os.PathLike, shard: str, index: str, **hub: Any) -> str:
+    try:
+        path = cached_file(source, shard, **hub)
+    except OSError as error:
+        raise OSError(f"{index} of {source} names {shard}, which cannot be had: {error}") from error
+    assert path is not None  # else it raises
+    return path
+
+
+def _read_index(path: str) -> dict[str, str]:
+    try:
+        weight_map = json.loads(Path(path).read_text())["weight_map"]
+        outside = {shard for shard in weight_map.values() if Path(shard).name != shard}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of weights: {error!r}") from error
+    if outside:
+        raise ValueError(f"{path} is no index of weights: it names files of other folders, e.g. {min(outside)!r}")
+    return dict(weight_map)
+
+
+def _names_in(path: str) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as weights:
+            return list(weights.keys())
+    except SafetensorError as error:
+        raise OSError(f"{path} is no complete safetensors file ({error}); download or copy it again") from error

@@ -1,8 +1,10 @@
 """examples/cifar10_resnets: a family of one's own, registered by importing a file, with weights from files."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import timm
@@ -13,7 +15,7 @@ from torch import nn
 from families import randomise
 from plan import check_plan, run_modules
 from recipe import load_recipe
-from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
+from stitchable import StitchableForImageClassification, carried, evaluate, initialize_stitches
 
 FOLDER = Path(__file__).parents[1] / "examples" / "cifar10_resnets"
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -150,6 +152,93 @@ def test_a_saved_model_loads_where_the_family_is_registered(model, tmp_path) -> 
         expected = model(x, stitch_id=stitch.id).logits
         torch.testing.assert_close(reloaded(x, stitch_id=stitch.id).logits, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.extract(stitch.id)(x).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+AS_A_USER = """
+import sys
+{installed}
+import torch
+from transformers import AutoModelForImageClassification
+
+folder, again = sys.argv[1:]
+x, logits = torch.load(folder + "/logits.pt")
+try:
+    AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=False)
+    raise AssertionError("loaded without asking")
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+for place in (folder, again):
+    model = AutoModelForImageClassification.from_pretrained(place, trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, stitch_id=3).logits, logits, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(again)
+print(type(model).__module__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("installed", "module"),
+    [("sys.modules['stitchable'] = None", "transformers_modules."), ("import stitchable", "stitchable.model.")],
+)
+@torch.no_grad()
+def test_the_family_travels_with_its_checkpoint(installed, module, model, tmp_path) -> None:
+    x = images()
+    model.save_pretrained(tmp_path / "saved")
+    assert model.config.families == ["cifar_resnet.py"]
+    torch.save((x, model(x, stitch_id=3).logits), tmp_path / "saved" / "logits.pt")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AS_A_USER.format(installed=installed), "saved", "again"],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(module)
+
+
+BODY = """
+import torch
+from timm.models import ResNet
+{line}
+
+class Mine(ResNet):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        (
+            "mine.py",
+            "from stitchable import calibrate",
+            "line 4 of mine.py is not of the form `from stitchable",
+        ),
+        ("mine.py", "import stitchable as st", "line 4 of mine.py is not of the form"),
+        ("mine.py", "from stitchable import Layout as L", "line 4 of mine.py is not of the form"),
+        ("routes.py", "", "routes.py has the name of a file that every checkpoint has"),
+        ("__main__", "", "Mine was not defined in a file"),
+    ],
+)
+def test_a_file_that_cannot_travel_is_left_with_a_warning(file, line, message, tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(carried.logger, "propagate", True)
+    module = ModuleType("mine")
+    monkeypatch.setitem(sys.modules, "mine", module)
+    path = tmp_path / "source" / file
+    path.parent.mkdir()
+    code = BODY.format(line=line)
+    if file.endswith(".py"):
+        path.write_text(code)
+        module.__file__ = str(path)
+    exec(compile(code, str(path), "exec"), module.__dict__)
+    model = SimpleNamespace(config=SimpleNamespace())
+    carried.carry_families(model, [module.Mine], tmp_path)
+    assert message in caplog.text
+    assert "loads only where the file of this class was imported before" in caplog.text
+    assert model.config.families == []
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.slow

@@ -2,22 +2,36 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from transformers import AutoImageProcessor
 
 from families import images, make
 from stitchable import evaluate
+from stitchable.card import (
+    KEPT_BELOW,
+    OUTPUT,
+    Card,
+    SnippetError,
+    eval_results_files,
+    merge_cards,
+    short_names,
+    stitch_table,
+    try_out,
+)
 from stitchable.processing import image_processor
-from stitchable.publishing import Card, save_repository, short_names, stitch_table
+from stitchable.publishing import save_repository
 
 # What a user does who installed torch, timm and transformers only.
 AS_A_USER = """
@@ -63,9 +77,8 @@ def published(name: str, folder: Path):
     return model, x
 
 
-@pytest.mark.parametrize("name", ["deit-distilled", "swin"])
-def test_a_folder_loads_where_stitchable_is_not_installed(name: str, tmp_path) -> None:
-    model, x = published(name, tmp_path / "hub")
+def test_a_folder_loads_where_stitchable_is_not_installed(tmp_path) -> None:
+    model, x = published("swin", tmp_path / "hub")
     with torch.no_grad():
         logits = {stitch.id: model(x[:2], stitch_id=stitch.id).logits for stitch in model.stitches}
     torch.save(x[:2], tmp_path / "x.pt")
@@ -90,15 +103,9 @@ def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "preprocessor_config.json", "model.safetensors.index.json"),
         *("model-anchor-0.safetensors", "model-anchor-1.safetensors", "model-stitching-layers.safetensors"),
-        *("README.md", "stitches.json", "accuracy_flops.png"),
-        *(
-            "anchors.py",
-            "configuration_stitchable.py",
-            "modeling_stitchable.py",
-            "routes.py",
-            "shards.py",
-            "stitching.py",
-        ),
+        *("README.md", "stitches.json", "accuracy_flops.png", "sample.png"),
+        *("anchors.py", "configuration_stitchable.py", "families.py", "modeling_stitchable.py", "routes.py"),
+        *("shards.py", "stitching.py"),
     }
     table = json.loads((folder / "stitches.json").read_text())
     config = json.loads((folder / "config.json").read_text())
@@ -127,18 +134,79 @@ def test_a_route_reads_as_the_blocks_of_each_anchor() -> None:
     assert "| 4 | vit-8 0–1 → vit-12 0–2 |" in line
 
 
-def test_nothing_is_written_over_another_run_or_without_figures(tmp_path) -> None:
+def test_nothing_is_written_over_another_run(tmp_path) -> None:
     model = make("vit")
     processor, card = image_processor(model.config, crop_pct=1.0), Card("tiny", "noise")
-    with pytest.raises(ValueError, match="no stitch has a measured accuracy"):
-        save_repository(model, tmp_path / "new", processor, card)
-    assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "other.txt").write_text("mine")
     with pytest.raises(ValueError, match="already holds another run"):
         save_repository(model, tmp_path, processor, card)
-    assert {path.name for path in tmp_path.iterdir()} == {"new", "other.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"other.txt"}
     with pytest.raises(ValueError, match="cannot be made"):
         save_repository(model, tmp_path / "other.txt" / "below", processor, card)
+
+
+def test_a_model_that_was_not_measured_has_a_card_that_says_so(tmp_path) -> None:
+    model = make("vit")
+    save_repository(model, tmp_path, image_processor(model.config), Card("tiny"))
+    text = (tmp_path / "README.md").read_text()
+    assert "No stitch has been measured." in text
+    assert "Pareto front" not in text
+    assert not (tmp_path / "accuracy_flops.png").exists()
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
+
+
+def test_the_snippet_of_the_card_is_run_and_its_output_is_in_the_card(tmp_path) -> None:
+    model, _ = published("vit", tmp_path / "hub")
+    before = (tmp_path / "hub" / "README.md").read_text()
+    output = try_out(tmp_path / "hub")
+    middle = sorted((stitch for stitch in model.stitches if stitch.is_anchor), key=lambda stitch: stitch.flops)[1]
+    stitch = model.for_budget(middle.flops)
+    first, second, third = output.splitlines()
+    assert first == f"stitch {stitch.id}: {stitch.flops:,} FLOPs, {stitch.params:,} parameters"
+    assert "'label': 'class " in second
+    assert third.startswith(f"{stitch.params:,} of {model.num_parameters():,} parameters")
+    after = (tmp_path / "hub" / "README.md").read_text()
+    assert f"```text\n{output}```" in after
+    assert after.replace(f"For [sample.png](sample.png) it prints\n\n```text\n{output}```", OUTPUT) == before
+    broken = re.sub(r"```python\n.*?```", "```python\nprint(1 / 0)\n```", before, count=1, flags=re.DOTALL)
+    (tmp_path / "hub" / "README.md").write_text(broken)
+    with pytest.raises(SnippetError, match=r"(?s)the snippet of .*README.md fails: .*ZeroDivisionError"):
+        try_out(tmp_path / "hub")
+
+
+OURS = f'---\nmodel_name: tiny\ntags:\n- a\n---\n\n# tiny\n\nload("tiny") for `tiny`\n\n{KEPT_BELOW}\n'
+
+
+@pytest.mark.parametrize(
+    ("theirs", "metadata", "below"),
+    [
+        (None, {"tags": ["a"]}, ""),
+        ("# Mine\n\nWritten by hand.\n", {"tags": ["a"]}, "# Mine\n\nWritten by hand.\n"),
+        (OURS, {"tags": ["a"]}, ""),
+        (f"{OURS}\nKeep\n\nme.\n", {"tags": ["a"]}, "Keep\n\nme.\n"),
+        ("---\ntags: [b, a]\nlanguage: fr\n---\n", {"tags": ["a", "b"], "language": "fr"}, ""),
+    ],
+)
+def test_cards_are_merged(theirs, metadata, below) -> None:
+    old = None if theirs is None else ModelCard(theirs)
+    merged = ModelCard(merge_cards(OURS, old, "someone/tiny"))
+    assert merged.data.to_dict() == {"model_name": "tiny", **metadata}
+    above, _, kept = merged.text.partition(KEPT_BELOW)
+    assert 'load("someone/tiny") for `someone/tiny`' in above
+    assert kept.lstrip("\n") == below
+    again = merge_cards(OURS, merged, "someone/tiny")
+    assert ModelCard(again).text == merged.text
+
+
+def test_headlines_are_in_the_newer_form_too() -> None:
+    stitches = make("vit").stitches
+    measured = [replace(stitch, metrics={"accuracy": 0.5 + stitch.id / 100}) for stitch in stitches]
+    files = eval_results_files(measured, "someone/noise")
+    assert set(files) == {".eval_results/stitch-0.yaml", ".eval_results/stitch-1.yaml", ".eval_results/stitch-8.yaml"}
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/stitch-8.yaml"]))
+    assert (entry.dataset_id, entry.value) == ("someone/noise", 58.0)
+    assert f"stitch 8, {measured[8].flops:,} FLOPs" in entry.notes
+    assert eval_results_files(stitches, "someone/noise") == eval_results_files(measured, "noise") == {}
 
 
 @pytest.mark.parametrize("size", [(40, 50), (64, 33), (32, 32)])

@@ -1,8 +1,9 @@
 """Tables and figures of docs/reproduction.md, from the results that `training/reproduce.py` left.
 
-    python training/reproduction_report.py digits > tables.md
+    python training/reproduction_report.py
 
-Prints Markdown tables and writes docs/reproduction/STUDY-*.png. Figures after ± are standard deviations over the seeds.
+Writes the tables between the marks of the page anew and draws docs/reproduction/STUDY.png. Figures after ± are standard
+deviations over the seeds.
 """
 
 import argparse
@@ -16,21 +17,41 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 RESULTS = Path(__file__).parents[1] / "docs" / "reproduction"
+PAGE = RESULTS.with_suffix(".md")
 Run = dict[str, Any]
 """One run: "stitches" {id: {"route", "flops"}} and, by stage, {id: accuracy}."""
 
 
 def main() -> None:
-    """Print the tables of a study and draw its figures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("study")
-    study = parser.parse_args().study
-    results = json.loads((RESULTS / f"{study}.json").read_text())
-    runs: dict[str, dict[str, Run]] = results["runs"]
-    print(f"## {study}\n\n{_anchors(runs)}\n\n{_interpolation(runs['base'])}\n\n{_variants(runs)}\n")
-    if any(name.startswith("alone-") for name in runs):
-        print(f"{_alone(runs)}\n")
-    draw(study, runs)
+    """Bring the page and its figures up to date."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    text = PAGE.read_text()
+    for path in sorted(RESULTS.glob("*.json")):
+        text = fill(text, path.stem)
+        draw(path.stem, read_runs(path.stem))
+    PAGE.write_text(text)
+
+
+def fill(text: str, study: str) -> str:
+    """The page with the tables of a study between its marks.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    for name, make in TABLES.items():
+        mark, end = f"<!-- {study}: {name} -->", "<!-- end -->"
+        before, found, after = text.partition(mark)
+        if not found:
+            continue
+        if end not in after:
+            raise ValueError(f"{mark} has no {end}")
+        text = f"{before}{mark}\n{make(read_runs(study))}\n{end}{after.partition(end)[2]}"
+    return text
+
+
+def read_runs(study: str) -> dict[str, dict[str, Run]]:
+    """Runs of a study: variant -> seed -> run."""
+    return json.loads((RESULTS / f"{study}.json").read_text())["runs"]
 
 
 def pair_of(route: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -72,8 +93,8 @@ def _anchors(runs: dict[str, dict[str, Run]]) -> str:
     return _table(["anchor", "MFLOPs", "before the joint training", "after"], rows)
 
 
-def _interpolation(base: dict[str, Run]) -> str:
-    rows = []
+def _interpolation(runs: dict[str, dict[str, Run]]) -> str:
+    base, rows = runs["base"], []
     for pair in rank_correlations(next(iter(base.values())), "trained"):
         inside, all_stages = [], {stage: [] for stage in ("initialized", "trained")}
         for run in base.values():
@@ -110,10 +131,38 @@ def _variants(runs: dict[str, dict[str, Run]]) -> str:
             for s in common
         ]
         worst = _percent(min(stitches_of(run, "trained").values()) for run in seeds.values())
+        order = _spread(
+            [statistics.mean(rank_correlations(run, "trained").values()) for run in seeds.values()], "{:.2f}"
+        )
         delta = "" if name == "base" else _spread([100 * d for d in differences], "{:+.2f}") + f" ({len(common)} seeds)"
-        rows.append([name, str(num), *columns, worst, delta])
-    head = ["variant", "stitches", "mean, initialised", "mean, trained", "worst, trained", "points against base"]
+        rows.append([name, str(num), *columns, delta, worst, order])
+    head = ["variant", "stitches", "mean, initialised", "mean, trained", "against base", "worst", "rank correlation"]
     return _table(head, rows)
+
+
+def _nearest(runs: dict[str, dict[str, Run]]) -> str:
+    """Figure 9 (b): what stitches that are no neighbours add, by the anchors they go through."""
+    seeds = runs["not-nearest"]
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for i, entry in _entries(seeds).items():
+        groups.setdefault(pair_of(entry["route"]), []).append(i)
+    rows = []
+    for group, members in sorted(groups.items(), key=lambda item: (len(item[0]), item[0])):
+        means, ahead = [], []
+        for seed, run in seeds.items():
+            base = runs["base"][seed]
+            means.append(statistics.mean(run["trained"][i] for i in members))
+            ahead.append(statistics.mean(_beats(run, i, base) for i in members))
+        names = "-".join(map(str, group)) + (" (anchor)" if len(group) == 1 else "")
+        rows.append([names, str(len(members)), _percent(means), _percent(ahead)])
+    return _table(["anchors", "stitches", "mean accuracy", "better than all of base that cost no more"], rows)
+
+
+def _beats(run: Run, i: str, base: Run) -> bool:
+    flops = run["stitches"][i]["flops"]
+    return all(
+        run["trained"][i] > base["trained"][j] for j, entry in base["stitches"].items() if entry["flops"] <= flops
+    )
 
 
 def _alone(runs: dict[str, dict[str, Run]]) -> str:
@@ -134,6 +183,37 @@ def _alone(runs: dict[str, dict[str, Run]]) -> str:
             ]
         )
     return _table(["stitch", "route", "MFLOPs", "trained alone", "in the stitchable model"], rows)
+
+
+def _crops(runs: dict[str, dict[str, Run]]) -> str:
+    """Appendix H: an anchor without some of its blocks, and the stitches that cost no more."""
+    rows = []
+    for name, seeds in runs.items():
+        for place, crop in enumerate(next(iter(seeds.values())).get("crops", ())):
+            accuracies = [run["crops"][place]["accuracy"] for run in seeds.values()]
+            rows.append([name, crop["left_out"], f"{crop['flops'] / 1e6:.3f}", _percent(accuracies)])
+            if name == "base" and crop["left_out"] != "none":
+                affordable = [i for i, entry in _entries(seeds).items() if entry["flops"] <= crop["flops"]]
+                best = [max(run["trained"][i] for i in affordable) for run in seeds.values()]
+                rows[-1] += [_percent(best)]
+            else:
+                rows[-1] += [""]
+    return _table(["variant", "blocks left out", "MFLOPs", "accuracy", "best stitch of base that costs no more"], rows)
+
+
+def _entries(seeds: dict[str, Run]) -> dict[str, Any]:
+    return next(iter(seeds.values()))["stitches"]
+
+
+TABLES = {
+    "anchors": _anchors,
+    "interpolation": _interpolation,
+    "variants": _variants,
+    "nearest": _nearest,
+    "alone": _alone,
+    "crops": _crops,
+}
+"""What a mark of the page can ask for."""
 
 
 def draw(study: str, runs: dict[str, dict[str, Run]]) -> None:

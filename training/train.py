@@ -7,12 +7,11 @@ everything together, one randomly drawn stitch per step.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
+from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
@@ -39,10 +39,11 @@ from losses import StitchLoss, load_teacher
 from plan import check_plan, check_sizes, make_accelerator, make_model, make_sampler, micro_batch_size, start_processes
 from recipe import Recipe, Schedule, load_recipe
 from sampling import StitchSampler
-from sources import DataError, Splits, decode, load_data
+from sources import DataError, Images, Splits, decode, load_data
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
+from stitchable.card import Card, SnippetError, try_out
 from stitchable.evaluation import weights_digest
-from stitchable.publishing import Card, check_new_folder, save_repository
+from stitchable.publishing import check_new_folder, save_repository
 from stitchable.throughput import measure_throughput
 
 Metrics = dict[int, dict[str, float]]
@@ -60,11 +61,11 @@ def main() -> None:
         start_processes()
         run(recipe, resume=arguments.resume)
         if PartialState().is_main_process:
-            try_out(recipe)
+            print(f"the snippet of {recipe.output}/README.md prints\n{try_out(recipe.output)}", end="")
     except (ValueError, RunStopped, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
-    except subprocess.CalledProcessError:
-        sys.exit(f"error: {recipe.output} is finished, but could not be tried out; see above")
+    except SnippetError as error:
+        sys.exit(f"error: {recipe.output} is finished, but {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; --resume goes on from the last checkpoint")
 
@@ -284,23 +285,16 @@ class _Run:
         )
         unfinished = recipe.run_folder / "repository"
         shutil.rmtree(unfinished, ignore_errors=True)
-        save_repository(self.model, unfinished, self.processor, card)
+        save_repository(self.model, unfinished, self.processor, card, sample=_sample(self.data.test))
         os.replace(unfinished, output)
 
 
-def try_out(recipe: Recipe, num_images: int = 4) -> None:
-    """Load the finished folder as a user does, in a fresh process, and print predictions for the first test images."""
-    with tempfile.TemporaryDirectory() as images:
-        paths = []
-        for index, row in enumerate(load_data(recipe.data).test):
-            path = Path(images) / f"{index}_is_{row['label']}.png"
-            with suppress(DataError):  # which one cannot be read was said in the evaluation
-                decode(row).save(path)
-                paths.append(path)
-            if len(paths) == num_images:
-                break
-        command = [sys.executable, Path(__file__).with_name("try_out.py"), recipe.output, "--images", *paths]
-        subprocess.run([*command, "--modules", *recipe.modules] if recipe.modules else command, check=True)
+def _sample(test: Images) -> Image.Image | None:
+    """The first test image that can be read."""
+    for row in itertools.islice(test, 100):
+        with suppress(DataError):  # which one cannot be read was said in the evaluation
+            return decode(row)
+    return None
 
 
 def _by_id(figures: dict[str, dict[str, float]]) -> Metrics:

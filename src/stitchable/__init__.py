@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from stitchable.costs import update_costs
 from stitchable.evaluation import evaluate
 from stitchable.initialization import initialize_stitches
+from stitchable.latency import calibrate
 from stitchable.model.anchors import Adapter, Layout, register_anchor
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION as __version__
 from stitchable.model.configuration_stitchable import StitchableConfig
@@ -29,6 +30,7 @@ __all__ = [
     "StitchableForImageClassification",
     "StitchableModel",
     "__version__",
+    "calibrate",
     "evaluate",
     "initialize_stitches",
     "measure_throughput",

@@ -135,7 +135,7 @@ def update_costs(model: StitchablePreTrainedModel) -> None:
     ]
     for stitch in model.stitches:
         cost = cost_of_stitch(stitch, profiles)
-        model.record(stitch.id, flops=cost.flops, params=cost.params, latency_ms=None, metrics={})
+        model.record(stitch.id, flops=cost.flops, params=cost.params, latency_ms=None, memory_mb=None, metrics={})
     config.num_labels_of_costs = config.num_labels
 
 

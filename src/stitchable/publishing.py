@@ -1,66 +1,159 @@
-"""A folder that is a complete Hub repository: weights, code, image processor, card, figure and stitch table."""
+"""A folder that is a complete Hub repository, and how it gets to the Hub: in one commit, with nothing lost."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import BaseImageProcessor
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from PIL import Image
+from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers.utils import cached_file
 
-from stitchable.model.configuration_stitchable import STITCHABLE_VERSION
-from stitchable.model.modeling_stitchable import StitchableForImageClassification
-from stitchable.model.routes import Stitch, find_stitch, pareto_front
-from stitchable.plots import flops_unit, plot_stitches
+from stitchable.card import (
+    CARD,
+    FIGURE,
+    SAMPLE,
+    Card,
+    eval_results_files,
+    make_card,
+    merge_cards,
+    short_names,
+    try_out,
+)
+from stitchable.model.configuration_stitchable import StitchableConfig
+from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+from stitchable.plots import plot_stitches
+from stitchable.processing import image_processor
 
-FIGURE = "accuracy_flops.png"
 STITCH_TABLE = "stitches.json"
-
-
-@dataclass
-class Card:
-    """What a model card says beyond what the model knows.
-
-    Attributes:
-        name: of the model, as in the title and the snippet.
-        dataset: what it was trained and measured on.
-        license: an SPDX identifier as the Hub writes it.
-        recipe: the settings it was trained with, as text; printed in full.
-        accuracy_before: accuracy of the anchors, by stitch id, before they were trained together.
-    """
-
-    name: str
-    dataset: str
-    license: str = "apache-2.0"
-    recipe: str = ""
-    accuracy_before: Mapping[int, float] = field(default_factory=dict)
+# Files of an earlier push that would stay beside the new ones and be loaded in their place.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", ".eval_results/*"]
 
 
 def save_repository(
-    model: StitchableForImageClassification, folder: str | Path, processor: BaseImageProcessor, card: Card
+    model: StitchablePreTrainedModel,
+    folder: str | Path,
+    processor: BaseImageProcessor,
+    card: Card,
+    *,
+    sample: Image.Image | None = None,
 ) -> None:
     """Write everything a Hub repository of this model needs.
 
     Args:
-        model: its stitches measured.
+        model: with the figures of its stitches, as far as they were measured.
         folder: new or empty.
         processor: the image processor it was measured with.
-        card: what the model card says.
+        card: what the model card says; the config of the model keeps it.
+        sample: an image for the snippet of the card; a grey one if None.
 
     Raises:
-        ValueError: the folder holds something, or no stitch was measured.
+        ValueError: the folder holds something.
     """
     folder = Path(folder)
     check_new_folder(folder)
+    card.store(model.config)
     names = short_names(model)
-    figure = plot_stitches(model.stitches, names)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    figure.savefig(folder / FIGURE)
+    if any("accuracy" in stitch.metrics for stitch in model.stitches):
+        plot_stitches(model.stitches, names).savefig(folder / FIGURE)
+    (sample or Image.new("RGB", (64, 64), "grey")).save(folder / SAMPLE)
     table = {"anchors": names, "stitches": [stitch.to_dict() for stitch in model.stitches]}
-    (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1) + "\n")
-    make_card(model, card).save(folder / "README.md")
+    (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    for path, content in eval_results_files(model.stitches, card.dataset).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(content)
+    make_card(model, card).save(folder / CARD)
+
+
+def push_model(
+    model: StitchablePreTrainedModel,
+    repo_id: str,
+    *,
+    processor: BaseImageProcessor | None = None,
+    **options: Any,
+) -> CommitInfo:
+    """Push a model: weights, code, image processor, stitch table, card and figure, as one commit.
+
+    Args:
+        model: its config says what the card says; where it was loaded from says the rest.
+        repo_id: "user/name" on the Hub; made if it does not exist.
+        processor: the image processor it was measured with; if None, that of the checkpoint the model was loaded from,
+            else timm's for the largest anchor.
+        options: of `push_folder`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_repository(
+            model,
+            folder,
+            processor or _processor_of(model),
+            Card.of(model.config, repo_id),
+            sample=_sample_of(model),
+        )
+        try_out(folder)
+        return push_folder(folder, repo_id, **options)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload a stitchable model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: Sequence[str] | None = None,
+) -> CommitInfo:
+    """Push a folder that `save_repository` wrote, as one commit; nothing where the repository holds the same already.
+
+    What people wrote into the card that is there is kept (see `merge_cards`), and weights of earlier pushes that the
+    folder does not have are removed. A push that breaks off leaves the repository as it was.
+
+    Args:
+        folder: a checkpoint of a stitchable model.
+        repo_id: "user/name" on the Hub; made if it does not exist.
+        commit_message: as in `HfApi.upload_folder`, like the next.
+        commit_description: see there.
+        private: whether a new repository is; None for the default of its owner.
+        token: as in `HfApi`; None for the stored one.
+        revision: branch, made if it does not exist.
+        create_pr: whether to open a pull request instead.
+        tags: to be added to the card.
+
+    Raises:
+        ValueError: the folder is no checkpoint of a stitchable model.
+        huggingface_hub.errors.HfHubHTTPError: what the Hub refuses, a missing token among it.
+    """
+    folder = Path(folder)
+    _check_checkpoint(folder)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = Path(scratch) / "repository"
+        shutil.copytree(folder, staged, copy_function=_link, ignore=shutil.ignore_patterns("__pycache__"))
+        if (staged / CARD).exists():
+            merged = merge_cards((folder / CARD).read_text(), _card_of(api, repo_id, revision), repo_id, tags or ())
+            (staged / CARD).unlink()  # a link to the user's own
+            (staged / CARD).write_text(merged)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=staged,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns=_REPLACED,
+        )
 
 
 def check_new_folder(folder: Path) -> None:
@@ -77,95 +170,38 @@ def check_new_folder(folder: Path) -> None:
         raise ValueError(f"{folder} already holds another run; choose a new folder, or remove it")
 
 
-def make_card(model: StitchableForImageClassification, card: Card) -> ModelCard:
-    """The model card, with a Markdown table of all stitches and their figures in the metadata."""
-    stitches, names = model.stitches, short_names(model)
-    measured = [stitch for stitch in stitches if "accuracy" in stitch.metrics]
-    anchors = [stitch for stitch in measured if stitch.is_anchor]
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["stitchable", "image-classification", "timm"],
-        license=card.license,
-        base_model=[entry["pretrained"] for entry in model.config.anchors if entry.get("pretrained")] or None,
-        model_name=card.name,
-        eval_results=[_eval_result(stitch, card.dataset) for stitch in measured],
+def _check_checkpoint(folder: Path) -> None:
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        model_type = None
+    if model_type != StitchableConfig.model_type:
+        raise ValueError(f"{folder} is no checkpoint of a stitchable model: it has no config.json that says so")
+
+
+def _link(source: str, target: str) -> None:
+    """Copy without a copy where the file system can: checkpoints are large."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _card_of(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
+    try:
+        path = api.hf_hub_download(repo_id, CARD, revision=revision)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return None
+    return ModelCard.load(path)
+
+
+def _processor_of(model: StitchablePreTrainedModel) -> BaseImageProcessor:
+    path = model.name_or_path and cached_file(
+        model.name_or_path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
     )
-    return ModelCard.from_template(
-        data,
-        template_path=str(_template()),
-        name=card.name,
-        dataset=card.dataset,
-        figure=FIGURE,
-        num_stitches=len(stitches),
-        anchors=[
-            {"name": name, "architecture": entry["architecture"], "kwargs": json.dumps(entry["kwargs"])}
-            for name, entry in zip(names, model.config.anchors, strict=True)
-        ],
-        table=stitch_table(stitches, names),
-        front=stitch_table(pareto_front(stitches), names),
-        budget=_middle(anchors or measured).flops,
-        recipe=card.recipe,
-        throughput=getattr(model.config, "throughput", None),
-        before=[
-            {"name": names[anchor], "before": f"{100 * accuracy:.2f}", "after": f"{100 * after:.2f}"}
-            for anchor, accuracy in card.accuracy_before.items()
-            for after in (find_stitch(stitches, anchor).metrics.get("accuracy"),)
-            if after is not None
-        ],
-        versions=", ".join(
-            [
-                f"stitchable {STITCHABLE_VERSION}",
-                *(f"{name} {version(name)}" for name in ("torch", "timm", "transformers")),
-            ]
-        ),
-    )
+    return AutoImageProcessor.from_pretrained(Path(path).parent) if path else image_processor(model.config)
 
 
-def stitch_table(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> str:
-    """A Markdown table: id, route, FLOPs, parameters, accuracy, and images per second where they were measured."""
-    unit, divisor = flops_unit(max((stitch.flops or 0 for stitch in stitches), default=0))
-    rows = [["id", "route", unit, "params", "accuracy", "images/s"], ["---:", ":---", *["---:"] * 4]]
-    for stitch in stitches:
-        route = " → ".join(f"{anchor_names[anchor]} {start}–{stop - 1}" for anchor, start, stop in stitch.route)
-        accuracy = f"{100 * stitch.metrics['accuracy']:.2f} %" if "accuracy" in stitch.metrics else ""
-        rate = f"{stitch.metrics['images_per_second']:,.0f}" if "images_per_second" in stitch.metrics else ""
-        flops = f"{(stitch.flops or 0) / divisor:.3f}"
-        rows.append([str(stitch.id), route, flops, f"{stitch.params:,}", accuracy, rate])
-    if not any(row[-1] for row in rows[2:]):
-        rows = [row[:-1] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def short_names(model: StitchableForImageClassification) -> list[str]:
-    """A name per anchor: its architecture, with its width or place where several share it."""
-    architectures = [entry["architecture"].split("/")[-1] for entry in model.config.anchors]
-    if len(set(architectures)) == len(architectures):
-        return architectures
-    widths = [entry["cuts"][-1][0] for entry in model.config.anchors]
-    labels = widths if len(set(widths)) == len(widths) else range(len(widths))
-    return [f"{architecture.split('_')[0]}-{label}" for architecture, label in zip(architectures, labels, strict=True)]
-
-
-def _eval_result(stitch: Stitch, dataset: str) -> EvalResult:
-    # Results that differ only in metric_args stay apart in a model-index and survive a round trip.
-    return EvalResult(
-        task_type="image-classification",
-        dataset_type=dataset,
-        dataset_name=dataset,
-        metric_type="accuracy",
-        metric_name="accuracy",
-        metric_value=round(stitch.metrics["accuracy"], 4),
-        metric_args={"stitch_id": stitch.id},
-    )
-
-
-def _middle(stitches: Sequence[Stitch]) -> Stitch:
-    by_flops = sorted(stitches, key=lambda stitch: stitch.flops or 0)
-    return by_flops[len(by_flops) // 2]
-
-
-def _template() -> Path:
-    installed = Path(__file__).with_name("card_template.md")
-    # In an editable installation the template lies where the repository keeps it.
-    return installed if installed.exists() else Path(__file__).parents[2] / "model_cards" / installed.name
+def _sample_of(model: StitchablePreTrainedModel) -> Image.Image | None:
+    path = model.name_or_path and cached_file(model.name_or_path, SAMPLE, _raise_exceptions_for_missing_entries=False)
+    return Image.open(path) if path else None

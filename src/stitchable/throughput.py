@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from stitchable.evaluation import evaluation_mode
-from stitchable.model.modeling_stitchable import StitchableForImageClassification
+from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
 
 
 @torch.inference_mode()
@@ -56,20 +56,17 @@ def measure_throughput(
         for stitch_id in logging.tqdm(ids, desc="measuring throughput", leave=False):
             for _ in range(num_warmup_runs):
                 model(pixel_values, stitch_id=stitch_id)
-            _synchronize(model.device)
+            synchronize(model.device)
             started = time.perf_counter()
             for _ in range(num_runs):
                 model(pixel_values, stitch_id=stitch_id)
-            _synchronize(model.device)
+            synchronize(model.device)
             rates[stitch_id] = num_runs * batch_size / (time.perf_counter() - started)
     measured_on = {
-        "device": _name(model.device),
-        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **describe_device(model),
         "batch_size": batch_size,
         "num_runs": num_runs,
         "num_warmup_runs": num_warmup_runs,
-        "torch": str(torch.__version__),
     }
     _record(model, rates, measured_on)
     return rates
@@ -86,7 +83,18 @@ def _record(
     model.config.throughput = dict(measured_on)
 
 
-def _synchronize(device: torch.device) -> None:
+def describe_device(model: StitchablePreTrainedModel) -> dict[str, Any]:
+    """What figures of speed hold for: "device", "threads" (of a CPU), "dtype", "torch"."""
+    return {
+        "device": _name(model.device),
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": str(torch.__version__),
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device to finish what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

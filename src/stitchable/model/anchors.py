@@ -126,6 +126,11 @@ def find_adapter(model: TimmModel) -> Adapter:
     )
 
 
+def is_known(architecture: str) -> bool:
+    """Whether timm has this architecture in this process, or asks the Hub for it ("hf-hub:...")."""
+    return ":" in architecture or timm.is_model(architecture.split("/")[-1].split(".")[0])
+
+
 def create_timm_model(
     architecture: str, kwargs: Mapping[str, Any] | None = None, *, num_classes: int | None, pretrained: bool = False
 ) -> TimmModel:
@@ -137,7 +142,7 @@ def create_timm_model(
     if not isinstance(architecture, str):
         raise ValueError(f"an architecture is the name of a timm model, got {architecture!r}")
     name = architecture.split("/")[-1].split(".")[0]
-    if ":" not in architecture and not timm.is_model(name):
+    if not is_known(architecture):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
             f"timm {timm.__version__} has no model {architecture!r}"

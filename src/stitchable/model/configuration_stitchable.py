@@ -39,6 +39,7 @@ class StitchableConfig(PreTrainedConfig):
         image_std: per channel, of pixels in 0..1.
         left_out: ids of the stitches that the checkpoint has and this model leaves out, because it was loaded for one
             stitch or budget, or extracted.
+        families: files of models that are not timm's, which the checkpoint brings along.
         num_labels_of_costs: number of labels that `flops` and `params` were counted with.
         stitchable_version: the version that wrote this config.
         kwargs: as in any `PreTrainedConfig`, `num_labels`, `id2label` and `label2id` among them.
@@ -60,6 +61,7 @@ class StitchableConfig(PreTrainedConfig):
         image_mean: Sequence[float] = (0.485, 0.456, 0.406),
         image_std: Sequence[float] = (0.229, 0.224, 0.225),
         left_out: Sequence[int] = (),
+        families: Sequence[str] = (),
         num_labels_of_costs: int | None = None,
         stitchable_version: str = STITCHABLE_VERSION,
         **kwargs: Any,
@@ -73,6 +75,7 @@ class StitchableConfig(PreTrainedConfig):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.left_out = list(left_out)
+        self.families = list(families)
         self.num_labels_of_costs = num_labels_of_costs
         self.stitchable_version = stitchable_version
         # One class registers one auto class (hub_facts); a checkpoint needs all three.

@@ -18,8 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import logging
 
-from .anchors import Chain, Layout, TimmModel, create_timm_model
+from .anchors import Chain, Layout, TimmModel, create_timm_model, is_known
 from .configuration_stitchable import StitchableConfig
+from .families import FAMILIES
 from .routes import AnchorShape, Segment, Stitch, best_within, find_stitch
 from .shards import find_shards, read_weights, split_weights
 from .stitching import StitchingLayer
@@ -105,6 +106,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         *,
         params: float | None = None,
         latency_ms: float | None = None,
+        memory_mb: float | None = None,
         metric: str = "accuracy",
     ) -> Stitch:
         """Choose the best measured stitch within every bound given, make it the default and return it.
@@ -112,13 +114,16 @@ class StitchablePreTrainedModel(PreTrainedModel):
         Args:
             flops: upper bound on multiply-adds plus normalisation terms per image (one multiply-add = 1).
             params: upper bound on parameters, of the stitch alone.
-            latency_ms: upper bound on milliseconds per call.
+            latency_ms: upper bound on milliseconds per call, as `stitchable.calibrate` predicted them.
+            memory_mb: upper bound on the peak of memory of a call, in 10^6 bytes, predicted likewise.
             metric: which measured figure to maximise. Where none was measured, the largest FLOPs win.
 
         Raises:
             ValueError: no bound, a bound that is no positive number, or no stitch within them (names the cheapest).
         """
-        stitch = best_within(self.stitches, flops=flops, params=params, latency_ms=latency_ms, metric=metric)
+        stitch = best_within(
+            self.stitches, flops=flops, params=params, latency_ms=latency_ms, memory_mb=memory_mb, metric=metric
+        )
         if metric not in stitch.metrics:
             logger.warning_once(
                 f"no stitch within this budget has a measured {metric}; for_budget takes the largest FLOPs. "
@@ -127,15 +132,17 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return self.set_stitch(stitch.id)
 
     def record(self, stitch_id: int, **figures: Any) -> Stitch:
-        """Write figures (`flops`, `params`, `latency_ms`, `metrics`) into the stitch table and return the new entry.
+        """Write figures into the stitch table (`flops`, `params`, `latency_ms`, `memory_mb`, `metrics`); the new entry.
 
         Raises:
             ValueError: an unknown stitch or figure.
         """
         stitch = self._find(stitch_id)
-        unknown = set(figures) - {"flops", "params", "latency_ms", "metrics"}
-        if unknown:
-            raise ValueError(f"a stitch has no figure {sorted(unknown)}; it has flops, params, latency_ms and metrics")
+        known = {"flops", "params", "latency_ms", "memory_mb", "metrics"}
+        if set(figures) - known:
+            raise ValueError(
+                f"a stitch has no figure {sorted(set(figures) - known)}; it has {', '.join(sorted(known))}"
+            )
         recorded = replace(stitch, **figures)
         index = self._stitches.index(stitch)
         self._stitches = (*self._stitches[:index], recorded, *self._stitches[index + 1 :])
@@ -232,9 +239,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             split_weights(save_directory, kwargs.get("variant"))
+            self._carry_families(save_directory)
         if push_to_hub:
-            # A decorator of transformers makes a function of this method for mypy.
-            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))  # type: ignore[arg-type]
+            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))
 
     @classmethod
     def from_pretrained(
@@ -263,6 +270,13 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 config or source, return_unused_kwargs=True, **{**kwargs, **hub}
             )
             kwargs |= hub
+        if config.families and not all(is_known(anchor["architecture"]) for anchor in config.anchors):
+            if not kwargs.get("trust_remote_code"):
+                raise ValueError(
+                    f"{source} brings models of its own in {', '.join(config.families)}; read them and pass "
+                    "trust_remote_code=True, or import the file that registers them"
+                )
+            importlib.import_module("stitchable.carried").import_families(source, config.families, **hub)
         if not config.anchors:  # transformers makes an empty config where there is none
             raise ValueError(f"{source} has no config.json of a stitchable model")
         with torch.device("meta"):
@@ -275,6 +289,33 @@ class StitchablePreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(None, *args, config=config, state_dict=read_weights(files), **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).name_or_path = os.fspath(source)
         return loaded
+
+    def _carry_families(self, folder: str | os.PathLike) -> None:
+        # Those of FAMILIES were copied with this file already.
+        classes = {type(anchor) for anchor in self.anchors} - {*FAMILIES, nn.Identity}
+        foreign = [model_class for model_class in classes if not model_class.__module__.startswith("timm.")]
+        if foreign:
+            importlib.import_module("stitchable.carried").carry_families(self, foreign, folder)
+            self.config.save_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]  # a mixin's, for mypy none
+        """Push this model with its image processor, stitch table, card and figure, as one commit. Needs the package.
+
+        Args:
+            repo_id: "user/name" on the Hub; made if it does not exist.
+            options: `processor`, the image processor it was measured with; those of `stitchable.publishing.push_folder`
+                (`private`, `revision`, `token`, `commit_message`, ...); `max_shard_size` has no effect.
+
+        Returns:
+            huggingface_hub's `CommitInfo`.
+
+        Raises:
+            ImportError: stitchable is not installed.
+            huggingface_hub.errors.HfHubHTTPError: what the Hub refuses, a missing token among it.
+        """
+        options.pop("max_shard_size", None)
+        # By name, because this file travels to the Hub (see configuration_stitchable.py).
+        return importlib.import_module("stitchable.publishing").push_model(self, repo_id, **options)
 
     # ---------------------------------------------------------------- building
 

@@ -113,7 +113,9 @@ class Stitch:
         layers: names of the stitching layers between them, "FRONT-BACK.INDEX", one fewer than segments.
         flops: multiply-adds plus normalisation terms of one image (the convention of the paper and fvcore).
         params: parameters, as many as `extract` holds.
-        latency_ms: measured or predicted milliseconds of one call, None until calibrated.
+        latency_ms: predicted milliseconds of one call, None until calibrated.
+        memory_mb: predicted peak of memory of one call, in 10^6 bytes, the weights of this stitch alone included; None
+            until calibrated.
         metrics: measured figures, e.g. {"accuracy": 0.97}; empty until evaluated.
     """
 
@@ -123,6 +125,7 @@ class Stitch:
     flops: int | None = None
     params: int | None = None
     latency_ms: float | None = None
+    memory_mb: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -142,7 +145,7 @@ class Stitch:
             "route": [list(segment) for segment in self.route],
             "layers": list(self.layers),
         }
-        for name in ("flops", "params", "latency_ms"):
+        for name in ("flops", "params", "latency_ms", "memory_mb"):
             if getattr(self, name) is not None:
                 known[name] = getattr(self, name)
         if self.metrics:
@@ -158,10 +161,8 @@ class Stitch:
         """
         unknown = set(stitch) - set(cls.__dataclass_fields__)
         if unknown or "id" not in stitch or "route" not in stitch:
-            raise ValueError(
-                f"a stitch is {{id, route, layers, flops, params, latency_ms, metrics}} with at least id and route; "
-                f"got {sorted(stitch)}"
-            )
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ValueError(f"a stitch is {{{known}}} with at least id and route; got {sorted(stitch)}")
         route, layers = stitch["route"], stitch.get("layers", ())
         if not _is_list(route) or not all(_is_list(segment) for segment in route):
             raise ValueError(f"stitch {stitch['id']}: the route must be a list of segments, got {route!r}")
@@ -263,6 +264,7 @@ def best_within(
     flops: float | None = None,
     params: float | None = None,
     latency_ms: float | None = None,
+    memory_mb: float | None = None,
     metric: str = "accuracy",
 ) -> Stitch:
     """The stitch with the highest `metric` among those within every bound given.
@@ -274,19 +276,25 @@ def best_within(
         flops: upper bound on multiply-adds plus normalisation terms, per image.
         params: upper bound on parameters.
         latency_ms: upper bound on milliseconds per call; only calibrated stitches have one.
+        memory_mb: upper bound on the peak of memory, in 10^6 bytes; only calibrated stitches have one.
         metric: the key of `Stitch.metrics` to maximise; one that is better when higher.
 
     Raises:
         ValueError: no bound, a bound that is no positive number, a bound on something no stitch carries, a metric no
             stitch has although others were measured, or no stitch within the bounds (names the cheapest).
     """
-    given = {"flops": flops, "params": params, "latency_ms": latency_ms}
+    given = {"flops": flops, "params": params, "latency_ms": latency_ms, "memory_mb": memory_mb}
     bounds = {name: _check_bound(bound, name) for name, bound in given.items() if bound is not None}
     if not bounds:
-        raise ValueError("a budget needs at least one of flops, params and latency_ms")
+        raise ValueError("a budget needs at least one of flops, params, latency_ms and memory_mb")
     for name in bounds:
         if all(getattr(stitch, name) is None for stitch in stitches):
-            raise ValueError(f"no stitch of this model carries {name}, so it cannot be a budget")
+            hint = (
+                "; stitchable.calibrate(model) predicts it for this device"
+                if name in ("latency_ms", "memory_mb")
+                else ""
+            )
+            raise ValueError(f"no stitch of this model carries {name}, so it cannot be a budget{hint}")
     _check_metric(stitches, metric)
 
     affordable = [stitch for stitch in stitches if all(_within(stitch, name, bounds[name]) for name in bounds)]

@@ -1,0 +1,106 @@
+"""Families of one's own travel with their checkpoints: their files are saved beside the weights, and loaded there."""
+
+import ast
+import hashlib
+import inspect
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.utils import cached_file, logging
+
+from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+_OFFERED = {"Adapter", "Layout", "register_anchor"}  # what a checkpoint's anchors.py has of the package
+_PACKAGE = Path(__file__).with_name("model")
+
+
+def carry_families(model: StitchablePreTrainedModel, classes: Iterable[type[nn.Module]], folder: str | Path) -> None:
+    """Copy the files of model classes that are not timm's into a folder where a model of them was saved.
+
+    They import from `.anchors` there what they import from stitchable, so that the checkpoint loads, with
+    `trust_remote_code=True`, where neither stitchable nor the file is. A file that cannot travel is left with a warning
+    that says why: the checkpoint then loads only where the file was imported before.
+    """
+    folder, carried = Path(folder), {}
+    for model_class in sorted(classes, key=lambda model_class: model_class.__name__):
+        try:
+            path, text = _read(model_class)
+        except ValueError as error:
+            logger.warning(f"{error}. So the checkpoint loads only where the file of this class was imported before")
+            continue
+        (folder / path.name).write_text(text)
+        carried[model_class.__name__] = path
+    if carried:
+        imports = "".join(f"from .{path.stem} import {name}\n" for name, path in carried.items())
+        text = (_PACKAGE / "families.py").read_text().replace("\nFAMILIES", f"\n{imports}\nFAMILIES")
+        (folder / "families.py").write_text(text.replace("= ()", f"= ({', '.join(carried)},)"))
+    model.config.families = sorted(path.name for path in carried.values())
+
+
+def import_families(source: str | Path, files: Sequence[str], **hub: Any) -> None:
+    """Import the files that a checkpoint brings along, for the installed package.
+
+    Args:
+        source: a folder, or the id of a repository on the Hub.
+        files: their names.
+        hub: as for any file of the Hub: `revision`, `token`, `cache_dir`, ...
+
+    Raises:
+        OSError: the checkpoint lacks one.
+    """
+    for file in files:
+        path = cached_file(source, file, **hub)
+        assert path is not None  # else it raises
+        text = Path(path).read_text().replace("from .anchors import", "from stitchable import")
+        # By content: another checkpoint may bring another file of this name.
+        name = f"stitchable_{Path(file).stem}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if name in sys.modules:
+            continue
+        spec = spec_from_loader(name, loader=None, origin=path)
+        assert spec is not None
+        module = sys.modules[name] = module_from_spec(spec)  # timm's register_model looks it up
+        module.__file__ = path
+        exec(compile(text, path, "exec"), module.__dict__)  # what trust_remote_code stands for
+
+
+def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
+    """The file of a class, and its text as it travels.
+
+    Raises:
+        ValueError: it cannot travel.
+    """
+    name = model_class.__name__
+    try:
+        path = Path(inspect.getsourcefile(model_class) or "")
+        text = path.read_text()
+    except (OSError, TypeError):
+        raise ValueError(f"{name} was not defined in a file") from None
+    if model_class.__module__ == "__main__":
+        raise ValueError(f"{name} is defined in the program that runs, {path.name}, and not in a file of its own")
+    if (_PACKAGE / path.name).exists():
+        raise ValueError(f"{path.name} has the name of a file that every checkpoint has")
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module != "anchors":
+            raise ValueError(f"line {node.lineno} of {path.name} imports from a file beside it, and only one travels")
+        if not isinstance(node, ast.Import | ast.ImportFrom) or not _of_stitchable(node):
+            continue
+        names = {alias.name for alias in node.names}
+        if isinstance(node, ast.Import) or names - _OFFERED or any(alias.asname for alias in node.names):
+            offered = ", ".join(sorted(_OFFERED))
+            raise ValueError(f"line {node.lineno} of {path.name} is not of the form `from stitchable import {offered}`")
+        further = (node.end_lineno or node.lineno) - node.lineno
+        rewritten = f"from .anchors import {', '.join(sorted(names))}"
+        lines[node.lineno - 1 : node.lineno + further] = [rewritten, *[""] * further]
+    return path, "\n".join([*lines, ""])
+
+
+def _of_stitchable(node: ast.Import | ast.ImportFrom) -> bool:
+    modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    return any(module.split(".")[0] == "stitchable" for module in modules)

@@ -1,0 +1,327 @@
+"""Latency and memory of every stitch, predicted: each block of each anchor is timed once, and routes are added up."""
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.utils import logging
+
+from stitchable.evaluation import evaluation_mode
+from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
+from stitchable.model.routes import AnchorShape, Stitch
+from stitchable.throughput import describe_device, synchronize
+
+
+def calibrate(
+    model: StitchablePreTrainedModel,
+    *,
+    batch_size: int = 1,
+    num_runs: int = 20,
+    num_warmup_runs: int = 3,
+    num_verified: int = 5,
+) -> dict[str, Any]:
+    """Predict the latency and the memory of every stitch on this device, so that they can be budgets.
+
+    Every block of every anchor is timed where it runs, inside its anchor, and one stitching layer of each shape alone.
+    The latency of a stitch is the sum over its route, plus what a call costs beyond its steps. The time that this takes
+    grows with the number of blocks, not of stitches. A few stitches are then measured to tell how far off the sums are.
+
+    `latency_ms` (milliseconds per call) and `memory_mb` (10^6 bytes: the weights of the stitch alone, and the largest
+    sum of tensors alive at a time, without what kernels use inside) go into the stitch table; what they hold for, and
+    the errors, into `config.latency`.
+
+    Args:
+        model: as it will run: device, data type, number of threads, compiled blocks or not.
+        batch_size: images per call.
+        num_runs: timed rounds, of which the median is taken.
+        num_warmup_runs: rounds before them that are not timed.
+        num_verified: stitches that are measured as a whole, evenly over the FLOPs.
+
+    Returns:
+        What `config.latency` holds: "device", "threads", "dtype", "torch", "batch_size", "compiled", "num_runs",
+        "median_error" and "max_error" (parts of the measured latency), "verified" {id: [predicted, measured] in ms}.
+
+    Raises:
+        ValueError: a number that is too small.
+    """
+    if min(batch_size, num_runs) < 1 or min(num_warmup_runs, num_verified) < 0:
+        raise ValueError(
+            "batch_size and num_runs must be at least 1, num_warmup_runs and num_verified at least 0, got "
+            f"{batch_size}, {num_runs}, {num_warmup_runs} and {num_verified}"
+        )
+    with torch.inference_mode(), evaluation_mode(model):
+        parts = _Parts(model, batch_size)
+        parts.time(num_runs, num_warmup_runs)
+        parts.watch()
+    for stitch in model.stitches:
+        steps = model.steps(stitch.id)
+        latency = parts.seconds_of_call + sum(parts.seconds[step] for step in steps)
+        memory = max(parts.activations[step] for step in steps) + sum(parts.weights[step] for step in set(steps))
+        model.record(stitch.id, latency_ms=round(1e3 * latency, 4), memory_mb=round(memory / 1e6, 3))
+    chosen = _spread([stitch for stitch in model.stitches if not stitch.is_anchor], num_verified)
+    measured = measure_latencies(model, [stitch.id for stitch in chosen], batch_size=batch_size, num_runs=num_runs)
+    verified = {
+        str(stitch.id): [stitch.latency_ms or 0.0, round(1e3 * measured[stitch.id], 4)]
+        for stitch in model.stitches
+        if stitch.id in measured
+    }
+    errors = [abs(predicted / actual - 1) for predicted, actual in verified.values()]
+    model.config.latency = {
+        **describe_device(model),
+        "batch_size": batch_size,
+        "compiled": any(getattr(module, "_compiled_call_impl", None) for module in model.modules()),
+        "num_runs": num_runs,
+        "median_error": round(statistics.median(errors), 4) if errors else None,
+        "max_error": round(max(errors), 4) if errors else None,
+        "verified": verified,
+    }
+    return model.config.latency
+
+
+def measure_latencies(
+    model: StitchablePreTrainedModel, stitch_ids: Collection[int], *, batch_size: int = 1, num_runs: int = 20
+) -> dict[int, float]:
+    """Median seconds of a call of each stitch, by id.
+
+    Rounds go through all of them, so that a slow moment of the machine meets all alike. Each timed call follows one of
+    the same stitch, as where a stitch is used again and again.
+    """
+    pixel_values = _pixel_values(model, batch_size)
+    seconds: dict[int, list[float]] = {stitch_id: [] for stitch_id in stitch_ids}
+    with torch.inference_mode(), evaluation_mode(model):
+        for _ in logging.tqdm(range(num_runs), desc="measuring stitches", leave=False):
+            for stitch_id, measured in seconds.items():
+                model(pixel_values, stitch_id=stitch_id)
+                synchronize(model.device)
+                started = time.perf_counter()
+                model(pixel_values, stitch_id=stitch_id)
+                synchronize(model.device)
+                measured.append(time.perf_counter() - started)
+    return {stitch_id: statistics.median(measured) for stitch_id, measured in seconds.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A step as it is run alone: its function, and its input unless that is what the part before it returned."""
+
+    step: Step
+    run: Callable[[torch.Tensor], torch.Tensor]
+    input: torch.Tensor | None = None
+
+
+@dataclass
+class _Parts:
+    """The steps of all stitches of a model, and what each costs.
+
+    Attributes:
+        seconds: of each step.
+        seconds_of_call: what a call costs beyond its steps.
+        activations: bytes of the tensors that are alive at the same time while a step runs, its input included.
+        weights: bytes of each step's parameters and buffers.
+    """
+
+    model: StitchablePreTrainedModel
+    batch_size: int
+    seconds: dict[Step, float] = field(default_factory=dict)
+    seconds_of_call: float = 0.0
+    activations: dict[Step, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pixel_values = _pixel_values(self.model, self.batch_size)
+        self.shapes = [AnchorShape.from_dict(anchor) for anchor in self.model.config.anchors]
+        self.chains = [self._parts_of_anchor(anchor) for anchor in self.model.chains]
+        joints = [joint for stitch in self.model.stitches for joint in stitch.joints]
+        # By name: a layer is shared by all positions of its window.
+        self.layers = {joint.layer: (joint.front.anchor, joint.front.stop) for joint in joints}
+        self.weights = self._weigh()
+
+    def time(self, num_runs: int, num_warmup_runs: int) -> None:
+        """Fill `seconds` and `seconds_of_call`, by medians over rounds through everything."""
+        anchors = [stitch for stitch in self.model.stitches if stitch.is_anchor]
+        kinds = self._kinds_of_layers()
+        chains = [*self.chains, *([self._part_of_layer(names[0])] for names in kinds.values())]
+        rounds: dict[Step, list[float]] = {part.step: [] for chain in chains for part in chain}
+        beyond: list[float] = []
+        total = num_warmup_runs + num_runs
+        for number in logging.tqdm(range(total), desc="timing the blocks of each anchor", leave=False):
+            now: dict[Step, float] = {}
+            for chain in chains:
+                self._run(chain)  # so that its weights are where they are when one stitch runs again and again
+                now |= self._run(chain)
+            if number < num_warmup_runs:
+                continue
+            for step, seconds in now.items():
+                rounds[step].append(seconds)
+            for stitch in anchors:
+                synchronize(self.model.device)
+                started = time.perf_counter()
+                self.model(self.pixel_values, stitch_id=stitch.id)
+                synchronize(self.model.device)
+                steps = sum(now[step] for step in self.model.steps(stitch.id))
+                beyond.append(time.perf_counter() - started - steps)
+        self.seconds = {step: statistics.median(seconds) for step, seconds in rounds.items()}
+        for names in kinds.values():
+            self.seconds |= {Step("layer", layer=name): self.seconds[Step("layer", layer=names[0])] for name in names}
+        self.seconds_of_call = max(0.0, statistics.median(beyond)) if beyond else 0.0
+
+    def watch(self) -> None:
+        """Fill `activations`."""
+        weights = {tensor.untyped_storage()._cdata for tensor in self.model.state_dict().values()}
+        for chain in [*self.chains, *([self._part_of_layer(name)] for name in self.layers)]:
+            features = torch.empty(0)
+            for part in chain:
+                features = features if part.input is None else part.input
+                with _LiveBytes(weights) as live:
+                    output = part.run(features)
+                self.activations[part.step] = live.peak + features.nbytes
+                features = output
+
+    def _run(self, chain: Sequence[_Part]) -> dict[Step, float]:
+        """Seconds of each step of one run."""
+        clock = _Clock(self.model.device)
+        features = torch.empty(0)
+        for part in chain:
+            features = features if part.input is None else part.input
+            clock.start()
+            features = part.run(features)
+            clock.stop()
+        return dict(zip((part.step for part in chain), clock.seconds(), strict=True))
+
+    def _parts_of_anchor(self, anchor: int) -> list[_Part]:
+        """The parts of an anchor that this model holds, in order."""
+        model, held = self.model, self.model.parts_of_anchor(anchor)
+        parts, reached = [], -1  # the cut that the part before leads to
+        if "stem" in held:
+            step = Step("stem", anchor)
+            parts.append(_Part(step, partial(model.run_step, step), self.pixel_values))
+            reached = 0
+        for block in sorted(part for part in held if isinstance(part, int)):
+            step = Step("block", anchor, block)
+            features = None if reached == block else self._features(anchor, block)
+            parts.append(_Part(step, partial(model.run_step, step), features))
+            reached = block + 1
+        if "head" in held:
+            depth = self.shapes[anchor].depth
+            step = Step("neck", anchor)
+            features = None if reached == depth else self._features(anchor, depth)
+            parts.append(_Part(step, partial(self._run_neck_and_head, step), features))
+        return parts
+
+    def _run_neck_and_head(self, step: Step, features: torch.Tensor) -> torch.Tensor:
+        """Taken as one: wherever the neck runs, the head follows."""
+        return self.model.run_head(step.anchor, self.model.run_step(step, features))
+
+    def _part_of_layer(self, name: str) -> _Part:
+        return _Part(
+            Step("layer", layer=name), self.model.get_stitching_layer(name), self._features(*self.layers[name])
+        )
+
+    def _kinds_of_layers(self) -> dict[tuple, list[str]]:
+        """Names of the stitching layers that do the same work, by what they map from and to."""
+        kinds: dict[tuple, list[str]] = {}
+        for name, (anchor, stop) in self.layers.items():
+            layer = self.model.get_stitching_layer(name)
+            kinds.setdefault((anchor, self.shapes[anchor].cuts[stop], *layer.weight.shape), []).append(name)
+        return kinds
+
+    def _features(self, anchor: int, cut: int) -> torch.Tensor:
+        """Zeros in the shape of what flows through a cut of an anchor."""
+        shape = self.shapes[anchor]
+        channels, height, width = shape.cuts[cut]
+        size = {
+            "NCHW": (channels, height, width),
+            "NHWC": (height, width, channels),
+            "NLC": (shape.prefix_tokens + height * width, channels),
+        }[shape.layout]
+        return torch.zeros(self.batch_size, *size, device=self.model.device, dtype=self.model.dtype)
+
+    def _weigh(self) -> dict[Step, int]:
+        weights = {part.step: 0 for chain in self.chains for part in chain}
+        for anchor, chain in self.model.chains.items():
+            for name, tensor in _tensors(self.model.anchors[anchor]):
+                part = chain.part_of(name)
+                step = Step("block", anchor, part) if isinstance(part, int) else _ENDS[part](anchor)
+                weights[step] += tensor.nbytes
+        for name in self.layers:
+            layer = self.model.get_stitching_layer(name)
+            weights[Step("layer", layer=name)] = sum(tensor.nbytes for _, tensor in _tensors(layer))
+        return weights
+
+
+_ENDS: dict[str, Callable[[int], Step]] = {
+    "stem": lambda anchor: Step("stem", anchor),
+    "head": lambda anchor: Step("neck", anchor),
+}
+
+
+class _Clock:
+    """Seconds between pairs of moments, on a GPU by events in its own stream so that nothing waits in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.moments: list[Any] = []
+
+    def start(self) -> None:
+        self.moments.append(self._now())
+
+    stop = start
+
+    def seconds(self) -> list[float]:
+        pairs = list(zip(self.moments[::2], self.moments[1::2], strict=True))
+        if self.device.type != "cuda":
+            return [end - begin for begin, end in pairs]
+        torch.cuda.synchronize(self.device)
+        return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            synchronize(self.device)
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class _LiveBytes(TorchDispatchMode):
+    """The largest sum of bytes of the tensors made inside that are alive at the same time."""
+
+    def __init__(self, known: Collection[int]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._known = known  # storages that are there anyway, of which views are taken
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        output = func(*args, **(kwargs or {}))
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return output
+
+
+def _tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _pixel_values(model: StitchablePreTrainedModel, batch_size: int) -> torch.Tensor:
+    shape = (batch_size, model.config.num_channels, *model.config.image_size)
+    # A generator of its own, so that measuring changes no random draw elsewhere.
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+
+
+def _spread(stitches: Sequence[Stitch], number: int) -> list[Stitch]:
+    """So many stitches, evenly over their FLOPs."""
+    by_flops = sorted(stitches, key=lambda stitch: stitch.flops or 0)
+    if number >= len(by_flops):
+        return by_flops
+    return [by_flops[(2 * index + 1) * len(by_flops) // (2 * number)] for index in range(number)]

@@ -129,8 +129,8 @@ def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
 
 def test_a_route_reads_as_the_blocks_of_each_anchor() -> None:
     model = make("vit")
-    assert short_names(model) == ["vit-8", "vit-12"]
-    line = stitch_table(model.stitches, short_names(model)).splitlines()[2 + 4]
+    assert short_names(model.config) == ["vit-8", "vit-12"]
+    line = stitch_table(model.stitches, short_names(model.config)).splitlines()[2 + 4]
     assert "| 4 | vit-8 0–1 → vit-12 0–2 |" in line
 
 

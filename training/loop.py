@@ -322,17 +322,11 @@ def freeze(model: StitchableForImageClassification, trainable: str) -> None:
 
 
 def compile_blocks(accelerator: Accelerator, model: StitchableForImageClassification) -> None:
-    """Compile each block where `accelerate launch` asks for torch.compile.
-
-    Compiled whole, the model would be compiled anew for every stitch; blocks of one anchor share their code.
-    """
+    """Compile the blocks where `accelerate launch` asks for torch.compile."""
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
         return
-    for number, chain in model.chains.items():
-        for block in chain.blocks:
-            for name in block:
-                model.anchors[number].get_submodule(name).compile(**plugin.to_kwargs())
+    model.compile_blocks(**plugin.to_kwargs())
     plugin.backend = DynamoBackend.NO  # done; prepare() shall not compile the whole as well
 
 

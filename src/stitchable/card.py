@@ -65,7 +65,7 @@ class SnippetError(RuntimeError):
 
 def make_card(model: StitchablePreTrainedModel, card: Card) -> ModelCard:
     """The model card, with a Markdown table of all stitches and their figures in the metadata."""
-    stitches, names = model.stitches, short_names(model)
+    stitches, names = model.stitches, short_names(model.config)
     measured = [stitch for stitch in stitches if "accuracy" in stitch.metrics]
     anchors = [stitch for stitch in stitches if stitch.is_anchor]
     data = ModelCardData(
@@ -96,6 +96,7 @@ def make_card(model: StitchablePreTrainedModel, card: Card) -> ModelCard:
         kept_below=KEPT_BELOW,
         recipe=card.recipe,
         throughput=getattr(model.config, "throughput", None),
+        latency=getattr(model.config, "latency", None),
         before=[
             {"name": names[anchor], "before": f"{100 * accuracy:.2f}", "after": f"{100 * after:.2f}"}
             for anchor, accuracy in card.accuracy_before.items()
@@ -199,26 +200,37 @@ def eval_results_files(stitches: Sequence[Stitch], dataset: str) -> dict[str, st
 
 
 def stitch_table(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> str:
-    """A Markdown table: id, route, FLOPs, parameters, accuracy, and images per second where they were measured."""
+    """A Markdown table: id, route, FLOPs, parameters, and what was measured or predicted of any of the stitches."""
     unit, divisor = flops_unit(max((stitch.flops or 0 for stitch in stitches), default=0))
-    rows = [["id", "route", unit, "params", "accuracy", "images/s"], ["---:", ":---", *["---:"] * 4]]
-    for stitch in stitches:
-        route = " → ".join(f"{anchor_names[anchor]} {start}–{stop - 1}" for anchor, start, stop in stitch.route)
-        accuracy = f"{100 * stitch.metrics['accuracy']:.2f} %" if "accuracy" in stitch.metrics else ""
-        rate = f"{stitch.metrics['images_per_second']:,.0f}" if "images_per_second" in stitch.metrics else ""
-        flops = f"{(stitch.flops or 0) / divisor:.3f}"
-        rows.append([str(stitch.id), route, flops, f"{stitch.params:,}", accuracy, rate])
-    if not any(row[-1] for row in rows[2:]):
-        rows = [row[:-1] for row in rows]
+    columns: dict[str, list[str]] = {
+        "id": [str(stitch.id) for stitch in stitches],
+        "route": [
+            " → ".join(f"{anchor_names[anchor]} {start}–{stop - 1}" for anchor, start, stop in stitch.route)
+            for stitch in stitches
+        ],
+        unit: [f"{(stitch.flops or 0) / divisor:.3f}" for stitch in stitches],
+        "params": [f"{stitch.params:,}" for stitch in stitches],
+        "accuracy": [_shown(stitch.metrics.get("accuracy"), 100, ".2f", " %") for stitch in stitches],
+        "images/s": [_shown(stitch.metrics.get("images_per_second"), 1, ",.0f") for stitch in stitches],
+        "ms": [_shown(stitch.latency_ms, 1, ".2f") for stitch in stitches],
+        "MB": [_shown(stitch.memory_mb, 1, ".1f") for stitch in stitches],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    rules = [":---" if name == "route" else "---:" for name in columns]
+    rows = [list(columns), rules, *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def short_names(model: StitchablePreTrainedModel) -> list[str]:
+def _shown(figure: float | None, factor: float, form: str, unit: str = "") -> str:
+    return "" if figure is None else f"{figure * factor:{form}}{unit}"
+
+
+def short_names(config: StitchableConfig) -> list[str]:
     """A name per anchor: its architecture, with its width or place where several share it."""
-    architectures = [entry["architecture"].split("/")[-1] for entry in model.config.anchors]
+    architectures = [entry["architecture"].split("/")[-1] for entry in config.anchors]
     if len(set(architectures)) == len(architectures):
         return architectures
-    widths = [entry["cuts"][-1][0] for entry in model.config.anchors]
+    widths = [entry["cuts"][-1][0] for entry in config.anchors]
     labels = widths if len(set(widths)) == len(widths) else range(len(widths))
     return [f"{architecture.split('_')[0]}-{label}" for architecture, label in zip(architectures, labels, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Figures of a stitch table. Needs matplotlib, from `pip install "stitchable[training]"`."""
+"""Figures of a stitch table."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

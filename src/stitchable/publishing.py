@@ -58,18 +58,44 @@ def save_repository(
     folder = Path(folder)
     check_new_folder(folder)
     card.store(model.config)
-    names = short_names(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    (sample or Image.new("RGB", (64, 64), "grey")).save(folder / SAMPLE)
+    _describe(model, folder)
+    make_card(model, card).save(folder / CARD)
+
+
+def update_repository(model: StitchablePreTrainedModel, folder: str | Path, dataset: str | None = None) -> None:
+    """Write new figures of the stitches into a folder: config, stitch table, figure and card. Weights stay.
+
+    Args:
+        model: was loaded from the folder, and measured or calibrated since.
+        folder: a checkpoint of a stitchable model.
+        dataset: what it was measured on, if that is new.
+    """
+    folder = Path(folder)
+    old = ModelCard.load(folder / CARD) if (folder / CARD).exists() else None
+    card = Card.of(model.config, (old and old.data.get("model_name")) or folder.resolve().name)
+    card.dataset = dataset or card.dataset
+    card.store(model.config)
+    model.config.save_pretrained(folder)
+    _describe(model, folder)
+    (folder / CARD).write_text(merge_cards(str(make_card(model, card)), old, card.name))
+    if not (folder / SAMPLE).exists():
+        Image.new("RGB", (64, 64), "grey").save(folder / SAMPLE)
+    try_out(folder)
+
+
+def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
+    """Write the stitch table, its figure, and the headline results."""
+    names = short_names(model.config)
     if any("accuracy" in stitch.metrics for stitch in model.stitches):
         plot_stitches(model.stitches, names).savefig(folder / FIGURE)
-    (sample or Image.new("RGB", (64, 64), "grey")).save(folder / SAMPLE)
     table = {"anchors": names, "stitches": [stitch.to_dict() for stitch in model.stitches]}
     (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    for path, content in eval_results_files(model.stitches, card.dataset).items():
+    for path, content in eval_results_files(model.stitches, Card.of(model.config, "").dataset).items():
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text(content)
-    make_card(model, card).save(folder / CARD)
 
 
 def push_model(
@@ -92,7 +118,7 @@ def push_model(
         save_repository(
             model,
             folder,
-            processor or _processor_of(model),
+            processor or processor_of(model),
             Card.of(model.config, repo_id),
             sample=_sample_of(model),
         )
@@ -195,7 +221,8 @@ def _card_of(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None
     return ModelCard.load(path)
 
 
-def _processor_of(model: StitchablePreTrainedModel) -> BaseImageProcessor:
+def processor_of(model: StitchablePreTrainedModel) -> BaseImageProcessor:
+    """The image processor of the checkpoint that a model was loaded from, else timm's for the largest anchor."""
     path = model.name_or_path and cached_file(
         model.name_or_path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
     )

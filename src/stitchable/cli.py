@@ -1,0 +1,290 @@
+"""The command `stitchable`: from anchors to a published model, one subcommand per step."""
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+
+import stitchable
+from stitchable import StitchableConfig, StitchableForImageClassification, evaluate, initialize_stitches, pareto_front
+from stitchable.card import Card, short_names, stitch_table
+from stitchable.export import export_onnx, export_program
+from stitchable.model.routes import Stitch
+from stitchable.plots import plot_stitches
+from stitchable.processing import image_processor
+from stitchable.publishing import check_new_folder, processor_of, push_folder, save_repository, update_repository
+
+app = typer.Typer(
+    help="One checkpoint that is many networks: make, measure, cut, publish stitchable models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or the id of a Hub repository.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint, of which table and card are updated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of models that the checkpoint brings.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, mps, ...")]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def command(function: F) -> F:
+    """Register a command. What a user did wrong is a line on stderr and exit status 1, without a traceback."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    app.command()(run)
+    return function
+
+
+@command
+def build(
+    anchors: Annotated[list[str], typer.Argument(help="timm names of at least two classifiers, in any order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
+    images: Annotated[
+        str | None, typer.Option(help="Folder of images, or data set of the Hub, to fit the stitching layers on.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of these images.")] = None,
+    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "image",
+    num_samples: Annotated[int, typer.Option(help="Images to fit on.")] = 100,
+    pretrained: Annotated[bool, typer.Option(help="Load timm's weights from the Hub.")] = True,
+    kernel_size: Annotated[int, typer.Option(help="Of the window of positions that share a stitching layer.")] = 2,
+    stride: Annotated[int, typer.Option(help="Of that window.")] = 1,
+    direction: Annotated[str, typer.Option(help="fast_to_slow or slow_to_fast.")] = "fast_to_slow",
+    nearest: Annotated[bool, typer.Option(help="Stitch only neighbours in FLOPs.")] = True,
+    pairs: Annotated[str | None, typer.Option(help="all or forward positions of a window; as the authors do.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Stages to stitch, such as 0,1,2; as the authors do.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels; the anchors' own if left out.")] = None,
+    num_labels: Annotated[int | None, typer.Option(help="Classes; the anchors' own if left out.")] = None,
+) -> None:
+    """Make a stitchable checkpoint of timm models, its stitching layers fitted by least squares."""
+    check_new_folder(output)
+    model = StitchableForImageClassification.from_anchors(
+        anchors,
+        pretrained=pretrained,
+        kernel_size=kernel_size,
+        stride=stride,
+        direction=direction,
+        nearest=nearest,
+        pairs=pairs,
+        stages=_numbers(stages, "--stages"),
+        image_size=image_size,
+        num_labels=num_labels,
+    )
+    processor = image_processor(model.config)
+    if images is None:
+        typer.echo("no --images: the stitching layers stay random, and only the anchors are of use", err=True)
+    else:
+        batches = _read(images, processor, split=split, image_column=image_column, batch_size=min(64, num_samples))
+        initialize_stitches(model, batches, num_samples=num_samples)
+    save_repository(model, output, processor, Card(output.resolve().name))
+    typer.echo(f"{output}: {len(model.stitches)} stitches of {len(anchors)} anchors")
+
+
+@command
+def table(
+    model: Source,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Only stitches that no other beats.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the stitches of a model: routes, costs, measured figures."""
+    config = StitchableConfig.from_pretrained(model)
+    stitches = [Stitch.from_dict(stitch) for stitch in config.stitches]
+    if not stitches:
+        raise ValueError(f"{model} has no config.json of a stitchable model")
+    chosen = pareto_front(stitches) if pareto else stitches
+    if as_json:
+        typer.echo(json.dumps([stitch.to_dict() for stitch in chosen], indent=1))
+    else:
+        typer.echo(stitch_table(chosen, short_names(config)))
+
+
+@command
+def plot(
+    model: Source,
+    output: Annotated[Path, typer.Argument(help="An image file: .png, .svg, .pdf.")],
+    metric: Annotated[str, typer.Option(help="What to draw over the FLOPs.")] = "accuracy",
+) -> None:
+    """Draw accuracy against FLOPs of all stitches, the anchors starred."""
+    config = StitchableConfig.from_pretrained(model)
+    if output.exists():
+        raise ValueError(f"{output} exists; choose another name, or remove it")
+    stitches = [Stitch.from_dict(stitch) for stitch in config.stitches]
+    plot_stitches(stitches, short_names(config), metric).savefig(output)
+    typer.echo(str(output))
+
+
+@command
+def eval(  # the name of the command
+    folder: Folder,
+    data: Annotated[str, typer.Argument(help="Folder with a folder of images per class, or data set of the Hub.")],
+    split: Annotated[str | None, typer.Option(help="Of the data.")] = None,
+    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "image",
+    label_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "label",
+    stitches: Annotated[str | None, typer.Option(help="Ids, such as 0,1,24; all if left out.")] = None,
+    batch_size: int = 64,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure top-1, top-5 and loss of every stitch over one pass of the data."""
+    model = _load(folder, trust_remote_code).to(device)
+    batches = _read(
+        data,
+        processor_of(model),
+        config=model.config,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        batch_size=batch_size,
+    )
+    measured = evaluate(model, batches, _numbers(stitches, "--stitches"), checkpoint=None)
+    update_repository(model, folder, dataset=Path(data).name if Path(data).is_dir() else data)
+    if as_json:
+        typer.echo(json.dumps(measured, indent=1))
+    else:
+        _print_table(model)
+
+
+@command
+def calibrate(
+    folder: Folder,
+    batch_size: Annotated[int, typer.Option(help="Images per call.")] = 1,
+    num_runs: Annotated[int, typer.Option(help="Timed rounds.")] = 20,
+    threads: Annotated[int | None, typer.Option(help="Of a CPU; PyTorch's default if left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks first.")] = False,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Predict latency and memory of every stitch on this device, so that both can be budgets."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    data_type = getattr(torch, dtype, None)
+    if not isinstance(data_type, torch.dtype) or not data_type.is_floating_point:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    model = _load(folder, trust_remote_code)
+    running = _load(folder, trust_remote_code).to(device, data_type)
+    if compiled:
+        running.compile_blocks()
+    result = stitchable.calibrate(running, batch_size=batch_size, num_runs=num_runs)
+    for stitch in running.stitches:  # the folder keeps the data type of its weights
+        model.record(stitch.id, latency_ms=stitch.latency_ms, memory_mb=stitch.memory_mb)
+    model.config.latency = result
+    update_repository(model, folder)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        _print_table(model)
+        typer.echo(f"predicted for {result['device']}, {result['dtype']}, batches of {batch_size}")
+        if result["verified"]:
+            number, error = len(result["verified"]), 100 * result["median_error"]
+            typer.echo(f"of {number} stitches that were measured, the median error is {error:.1f} %")
+
+
+@command
+def extract(
+    model: Source,
+    stitch_id: Annotated[int, typer.Argument(help="Which stitch.")],
+    output: Annotated[Path, typer.Argument(help="New folder.")],
+    trust_remote_code: Trust = False,
+) -> None:
+    """Save one stitch as a checkpoint of its own, with only its weights."""
+    check_new_folder(output)
+    alone = _load(model, trust_remote_code, stitch_id=stitch_id)
+    save_repository(alone, output, processor_of(alone), Card.of(alone.config, output.resolve().name))
+    typer.echo(f"{output}: stitch {stitch_id}, {alone.stitch.params:,} parameters, {alone.stitch.flops:,} FLOPs")
+
+
+@command
+def export(
+    model: Source,
+    output: Annotated[Path, typer.Argument(help="New folder for ONNX, new file *.pt2 for a program of torch.export.")],
+    stitches: Annotated[str | None, typer.Option(help="Ids, such as 0,1,24; all if left out.")] = None,
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write stitches for other runtimes: ONNX graphs that share one file of weights, or one program of torch.export."""
+    ids = _numbers(stitches, "--stitches")
+    is_program = output.suffix == ".pt2"
+    if is_program and (ids is None or len(ids) != 1):
+        raise ValueError(f"a program holds one stitch: give --stitches ID for {output}, or a folder for ONNX")
+    loaded = _load(model, trust_remote_code)
+    processor = processor_of(loaded)
+    if is_program and ids:
+        export_program(loaded, output, ids[0], processor=processor)
+        typer.echo(f"{output}: stitch {ids[0]}")
+    else:
+        paths = export_onnx(loaded, output, ids, processor=processor, opset=opset)
+        size = sum(path.stat().st_size for path in output.iterdir())
+        typer.echo(f"{output}: {len(paths)} graphs and their weights, {size:,} bytes")
+
+
+@command
+def push(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it does not exist.")] = None,
+    message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "Upload a stitchable model",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+) -> None:
+    """Publish a folder as one commit: weights, code, image processor, stitch table, card and figure."""
+    info = push_folder(
+        folder,
+        repo_id,
+        private=private or None,
+        revision=revision,
+        commit_message=message,
+        create_pr=create_pr,
+    )
+    typer.echo(info.pr_url or info.commit_url)
+
+
+def _read(*arguments: Any, **options: Any) -> Any:
+    from stitchable.images import read_batches  # datasets takes a second to import
+
+    return read_batches(*arguments, **options)
+
+
+def _load(source: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
+
+    return StitchableForImageClassification.from_pretrained(
+        str(source), trust_remote_code=trust_remote_code, **arguments
+    )
+
+
+def _numbers(text: str | None, option: str) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between, such as 0,1,2; got {text!r}") from None
+
+
+def _print_table(model: Any) -> None:
+
+    typer.echo(stitch_table(model.stitches, short_names(model.config)))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Stitches for runtimes without Python: ONNX files that share their weights, and programs of `torch.export`."""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BaseImageProcessor
+from transformers.utils import logging
+
+from stitchable.evaluation import evaluation_mode
+from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
+from stitchable.model.routes import Stitch, find_stitch
+from stitchable.processing import image_processor
+
+WEIGHTS = "weights.bin"
+ALIGNMENT = 64  # bytes, so that a runtime can map a tensor into memory where it is
+_SMALL = 1024  # bytes; smaller tensors, among them constants that a runtime must know, stay in the graphs
+
+
+def export_onnx(
+    model: StitchableForImageClassification,
+    folder: str | Path,
+    stitch_ids: Sequence[int] | None = None,
+    *,
+    processor: BaseImageProcessor | None = None,
+    opset: int | None = None,
+) -> dict[int, Path]:
+    """Write stitches as ONNX graphs beside one file of weights that they share.
+
+    Every graph takes "pixel_values" (N, C, H, W) in float32, for any N, and gives "logits" (N, num_labels). What a
+    runtime needs to know of images and classes is in its metadata, see `metadata_of`. A weight that several stitches use
+    is stored once in `weights.bin`, so to open another graph of the folder is to read no new file.
+
+    Args:
+        model: in float32.
+        folder: new or empty.
+        stitch_ids: which stitches; all of them if None.
+        processor: the image processor, timm's for the largest anchor if None.
+        opset: version of ONNX's operators; the exporter's own choice if None.
+
+    Returns:
+        The path of each stitch's graph, "stitch-ID.onnx".
+
+    Raises:
+        ImportError: onnx and onnxscript are not installed.
+        ValueError: an unknown stitch, a folder that holds something, weights that are not float32, or a model that
+            this opset cannot express.
+    """
+    onnx = _import("onnx")
+    _import("onnxscript")
+    folder = Path(folder)
+    ids = _check(model, folder, stitch_ids)
+    metadata = metadata_of(model, processor)
+    paths: dict[int, Path] = {}
+    places: dict[bytes, int] = {}
+    with (folder / WEIGHTS).open("wb") as weights:
+        for stitch_id in logging.tqdm(ids, desc="exporting", leave=False):
+            stitch = find_stitch(model.stitches, stitch_id)
+            graph = _to_onnx(model, stitch, opset)
+            for initializer in graph.graph.initializer:
+                _share(onnx, initializer, weights, places)
+            for key, value in {**metadata, "stitch": json.dumps(stitch.to_dict())}.items():
+                graph.metadata_props.add(key=key, value=value)
+            paths[stitch_id] = folder / f"stitch-{stitch_id}.onnx"
+            onnx.save(graph, paths[stitch_id])
+            onnx.checker.check_model(paths[stitch_id])
+    return paths
+
+
+def export_program(
+    model: StitchableForImageClassification,
+    path: str | Path,
+    stitch_id: int | None = None,
+    *,
+    processor: BaseImageProcessor | None = None,
+) -> Path:
+    """Write one stitch as a program of `torch.export`, for `torch.export.load`, AOTInductor or ExecuTorch.
+
+    It takes pixel values (N, C, H, W), for any N, and returns logits (N, num_labels). What `metadata_of` says is in its
+    extra file "metadata.json".
+
+    Args:
+        model: whose stitch it is.
+        path: a new file, "*.pt2".
+        stitch_id: the default stitch if None.
+        processor: the image processor, timm's for the largest anchor if None.
+
+    Raises:
+        ValueError: an unknown stitch, or a file that exists.
+    """
+    path, stitch = Path(path), find_stitch(model.stitches, model.stitch.id if stitch_id is None else stitch_id)
+    if path.exists():
+        raise ValueError(f"{path} exists; choose another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {**metadata_of(model, processor), "stitch": json.dumps(stitch.to_dict())}
+    torch.export.save(_exported(model, stitch), path, extra_files={"metadata.json": json.dumps(metadata)})
+    return path
+
+
+def metadata_of(model: StitchableForImageClassification, processor: BaseImageProcessor | None = None) -> dict[str, str]:
+    """What whoever feeds an exported stitch needs to know, as text: "preprocessing" and "labels" are JSON.
+
+    "preprocessing" has the image processor's "size", "crop_size", "resample" (as Pillow numbers it), "rescale_factor",
+    "image_mean" and "image_std"; "labels" the names of the classes in order.
+    """
+    settings = (processor or image_processor(model.config)).to_dict()
+    names = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+    labels = [label for _, label in sorted((model.config.id2label or {}).items(), key=lambda item: int(item[0]))]
+    return {
+        "preprocessing": json.dumps({name: settings[name] for name in names}),
+        "labels": json.dumps(labels),
+        "stitchable_version": model.config.stitchable_version,
+    }
+
+
+class _OneStitch(nn.Module):
+    """Pixel values to the logits of one stitch."""
+
+    def __init__(self, model: StitchablePreTrainedModel, stitch_id: int) -> None:
+        super().__init__()
+        self.model, self.stitch_id = model, stitch_id
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values, stitch_id=self.stitch_id).logits
+
+
+def _exported(model: StitchableForImageClassification, stitch: Stitch) -> torch.export.ExportedProgram:
+    """A stitch, with its own weights only, for any number of images."""
+    alone = model.extract(stitch.id)
+    pixel_values = torch.randn(2, model.config.num_channels, *model.config.image_size).to(alone.device, alone.dtype)
+    batch = torch.export.Dim("batch", min=1)
+    with evaluation_mode(alone), torch.no_grad(), _quiet():
+        program = torch.export.export(_OneStitch(alone, stitch.id), (pixel_values,), dynamic_shapes=({0: batch},))
+    for node in program.graph.nodes:
+        # Where in which source file it comes from: of no use elsewhere, and more than half of the size.
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _to_onnx(model: StitchableForImageClassification, stitch: Stitch, opset: int | None) -> Any:
+    program = _exported(model, stitch)
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=["pixel_values"],
+                output_names=["logits"],
+                opset_version=opset,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
+        asked = "" if opset is None else f" with opset {opset}"
+        raise ValueError(f"stitch {stitch.id} cannot be expressed in ONNX{asked}: {error}") from error
+    assert exported is not None
+    proto = exported.model_proto
+    actual = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if opset is not None and actual != opset:
+        raise ValueError(f"stitch {stitch.id} cannot be expressed in ONNX with opset {opset}; {actual} can")
+    # The exporter notes here, too, where nodes come from.
+    for described in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        described.ClearField("metadata_props")
+        described.ClearField("doc_string")
+    return proto
+
+
+def _share(onnx: Any, initializer: Any, weights: Any, places: dict[bytes, int]) -> None:
+    """Move a tensor out of its graph into the file of weights, where an equal one may be already."""
+    content = onnx.numpy_helper.to_array(initializer).tobytes()
+    if len(content) < _SMALL:
+        return
+    digest = hashlib.sha256(content).digest()
+    if digest not in places:
+        weights.write(b"\0" * (-weights.tell() % ALIGNMENT))
+        places[digest] = weights.tell()
+        weights.write(content)
+        weights.flush()
+    for name in ("float_data", "int64_data", "int32_data", "double_data"):
+        initializer.ClearField(name)
+    initializer.raw_data = content  # set_external_data wants it to be there
+    onnx.external_data_helper.set_external_data(initializer, WEIGHTS, places[digest], len(content))
+    initializer.ClearField("raw_data")
+
+
+def _check(model: StitchableForImageClassification, folder: Path, stitch_ids: Sequence[int] | None) -> list[int]:
+    ids = [stitch.id for stitch in model.stitches] if stitch_ids is None else list(stitch_ids)
+    for stitch_id in ids:
+        find_stitch(model.stitches, stitch_id)
+    if model.dtype != torch.float32:
+        raise ValueError(f"ONNX is written in float32, the model is in {model.dtype}; model.float() converts it")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder} already holds something; choose a new folder, or remove it")
+    return ids
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{name} is not installed: pip install 'stitchable[export]'") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' warnings of their own parts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

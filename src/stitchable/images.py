@@ -1,0 +1,98 @@
+"""Batches of images from a folder or a data set of the Hub, preprocessed as a model wants them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Image, load_dataset
+from transformers import BaseImageProcessor
+
+from stitchable.model.configuration_stitchable import StitchableConfig
+
+
+def read_batches(
+    source: str,
+    processor: BaseImageProcessor,
+    *,
+    config: StitchableConfig | None = None,
+    split: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    batch_size: int = 64,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches {"pixel_values"}, and {"labels"} where the classes of a model are given.
+
+    Args:
+        source: a folder of images (of one folder per class, where labels are wanted), or the id of a data set on the
+            Hub, which is streamed.
+        processor: the image processor of the model.
+        config: of the model, whose classes the labels are; None for images alone.
+        split: of the data set; of a folder the whole, or one of its parts "train", "validation", "test".
+        image_column: of a data set of the Hub.
+        label_column: of a data set of the Hub.
+        batch_size: images per batch.
+
+    Raises:
+        ValueError: nothing is there, a column is missing, classes that are not the model's, or an image that cannot be
+            read; names it.
+    """
+    dataset = _load(source, split)
+    # Images alone may lie in folders of any name.
+    wanted = [image_column, label_column] if config else [image_column]
+    missing = [name for name in wanted if name not in dataset.features]
+    if missing:
+        raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(dataset.features)}")
+    if not isinstance(dataset.features[image_column], Image):
+        raise ValueError(f"the column {image_column!r} of {source} does not hold images")
+    numbers = _numbers(source, dataset.features[label_column], config) if config else None
+    # Decoded by us, so that an image which cannot be read is met where it can be named.
+    dataset = dataset.select_columns(wanted).cast_column(image_column, Image(decode=False))
+    return _batches(dataset, processor, wanted, numbers, batch_size)
+
+
+def _load(source: str, split: str | None) -> Any:
+    is_folder = Path(source).is_dir()
+    if not is_folder and (Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/"))):
+        raise ValueError(f"{source} is neither a folder of images nor the id of a data set on the Hub")
+    try:
+        if is_folder:
+            return load_dataset("imagefolder", data_dir=str(Path(source).absolute()), split=split or "train")
+        return load_dataset(source, split=split or "test", streaming=True)
+    except (OSError, ValueError) as error:  # of datasets' own, such as EmptyDatasetError
+        raise ValueError(f"{source}: no images can be loaded: {error}") from error
+
+
+def _numbers(source: str, feature: Any, config: StitchableConfig) -> list[int] | None:
+    """The model's number of each of the data's classes; None where the labels are numbers already."""
+    if not isinstance(feature, ClassLabel):
+        return None
+    known = {name: int(number) for name, number in (config.label2id or {}).items()}
+    names = feature.names
+    if set(names) <= set(known):
+        return [known[name] for name in names]
+    if len(names) == config.num_labels and set(known) == {f"LABEL_{i}" for i in range(len(known))}:
+        return list(range(len(names)))  # the model's classes have no names
+    strange = next(name for name in names if name not in known)
+    examples = ", ".join(list(known)[:3])
+    raise ValueError(f"{source} has a class {strange!r} that the model does not know; its classes are {examples}, ...")
+
+
+def _batches(
+    dataset: Any, processor: BaseImageProcessor, columns: list[str], numbers: list[int] | None, batch_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    image_column, *label_columns = columns
+    decoder = Image(mode="RGB")
+    for first, rows in enumerate(dataset.iter(batch_size=batch_size)):
+        images = []
+        for place, row in enumerate(rows[image_column]):
+            try:
+                images.append(decoder.decode_example(row))
+            except Exception as error:  # decoders raise whatever they like
+                name = row.get("path") or f"in row {first * batch_size + place}"
+                raise ValueError(f"the image {name} cannot be read: {error or type(error).__name__}") from error
+        batch = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
+        for column in label_columns:
+            labels = rows[column]
+            batch["labels"] = torch.tensor([label if numbers is None else numbers[label] for label in labels])
+        yield batch

@@ -1,0 +1,187 @@
+"""The command `stitchable`, each subcommand on real checkpoints and images, and what it says to a mistake."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from huggingface_hub import ModelCard
+from PIL import Image
+from typer.testing import CliRunner
+
+from families import images, make
+from stitchable import StitchableConfig, StitchableForImageClassification
+from stitchable.card import Card
+from stitchable.cli import app
+from stitchable.processing import image_processor
+from stitchable.publishing import save_repository
+
+
+def run(*arguments: object, fails: bool = False) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == (1 if fails else 0), result.output
+    assert not fails or result.stderr.startswith("error: "), result.stderr
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A checkpoint of a tiny model with named classes, not measured."""
+    model = make("vit", id2label={i: f"class {i}" for i in range(5)})
+    save_repository(model, tmp_path / "model", image_processor(model.config, crop_pct=1.0), Card("tiny"))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Ten images in folders named after their classes."""
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        path = tmp_path / "pictures" / f"class {number % 5}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype="uint8")).save(path)
+    return tmp_path / "pictures"
+
+
+def test_build_fits_a_family_on_images(tmp_path, pictures) -> None:
+    small = ["resnet10t", "resnet14t"]
+    result = run(
+        *(
+            "build",
+            *small,
+            "--no-pretrained",
+            "--image-size",
+            64,
+            "--num-labels",
+            5,
+            "--output",
+            tmp_path / "new",
+            "--pairs",
+            "all",
+        ),
+        *("--images", pictures, "--num-samples", 8),
+    )
+    model = StitchableForImageClassification.from_pretrained(tmp_path / "new")
+    assert result.stdout == f"{tmp_path / 'new'}: {len(model.stitches)} stitches of 2 anchors\n"
+    assert (model.config.num_labels, list(model.config.image_size)) == (5, [64, 64])
+    assert "# new" in (tmp_path / "new" / "README.md").read_text()
+    fresh = StitchableForImageClassification(model.config)
+    for stitch in model.stitches[2:]:
+        fitted, random = (m.get_stitching_layer(stitch.layers[0]).weight for m in (model, fresh))
+        assert not torch.equal(fitted, random)
+
+
+def test_table_and_plot(folder, tmp_path) -> None:
+    config = StitchableConfig.from_pretrained(folder)
+    assert json.loads(run("table", folder, "--json").stdout) == config.stitches
+    lines = run("table", folder).stdout.splitlines()
+    assert lines[0] == "| id | route | kFLOPs | params |"
+    assert len(lines) == 2 + 9
+    assert run("plot", folder, tmp_path / "x.png", fails=True).stderr.startswith("error: no stitch has a measured acc")
+    for entry in config.stitches:
+        entry["metrics"] = {"accuracy": entry["id"] / 10}
+    config.save_pretrained(folder)
+    front = json.loads(run("table", folder, "--pareto", "--json").stdout)
+    assert [entry["id"] for entry in front] == [0, 6, 8][: len(front)] or front[-1]["id"] == 8
+    run("plot", folder, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as figure:
+        assert figure.width > 500
+    assert "exists; choose another name" in run("plot", folder, tmp_path / "x.png", fails=True).stderr
+
+
+def test_eval_writes_what_it_measured_into_the_folder(folder, pictures) -> None:
+    weights = (folder / "model-anchor-1.safetensors").stat().st_mtime_ns
+    measured = json.loads(run("eval", folder, pictures, "--json", "--batch-size", 4).stdout)
+    assert set(measured) == {str(i) for i in range(9)}
+    config = StitchableConfig.from_pretrained(folder)
+    assert {str(entry["id"]): entry["metrics"]["accuracy"] for entry in config.stitches} == {
+        i: figures["accuracy"] for i, figures in measured.items()
+    }
+    assert json.loads((folder / "stitches.json").read_text())["stitches"] == config.stitches
+    card = ModelCard.load(folder / "README.md")
+    assert len(card.data.eval_results) == 9
+    assert "on pictures (test split)" in card.text
+    assert "it prints" in card.text
+    assert (folder / "model-anchor-1.safetensors").stat().st_mtime_ns == weights
+    assert "| accuracy |" in run("eval", folder, pictures, "--stitches", "0,4").stdout
+
+
+def test_calibrate_makes_budgets(folder) -> None:
+    output = run("calibrate", folder, "--num-runs", 1, "--threads", torch.get_num_threads()).stdout
+    assert "| ms | MB |" in output
+    assert "median error" in output
+    model = StitchableForImageClassification.from_pretrained(folder)
+    assert model.for_budget(latency_ms=1e6).latency_ms > 0
+    assert "Milliseconds of a call and peak of memory: predicted" in (folder / "README.md").read_text()
+
+
+def test_extract_saves_one_stitch(folder, tmp_path) -> None:
+    output = run("extract", folder, 4, tmp_path / "alone").stdout
+    alone = StitchableForImageClassification.from_pretrained(tmp_path / "alone")
+    whole = StitchableForImageClassification.from_pretrained(folder)
+    assert (
+        output
+        == f"{tmp_path / 'alone'}: stitch 4, {alone.num_parameters():,} parameters, {alone.stitch.flops:,} FLOPs\n"
+    )
+    assert torch.equal(alone(images("vit")).logits, whole(images("vit"), stitch_id=4).logits)
+    assert (tmp_path / "alone" / "README.md").exists()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table", "{empty}"], "has no config.json of a stitchable model"),
+        (["table", "no/where/at/all"], "no/where/at/all"),
+        (["eval", "{empty}", "{pictures}"], "has no config.json of a stitchable model"),
+        (["eval", "{folder}", "{empty}"], "no images can be loaded"),
+        (["eval", "{folder}", "{empty}/none"], "is neither a folder of images nor the id of a data set on the Hub"),
+        (["eval", "{folder}", "{pictures}", "--stitches", "a"], "[-]-stitches must be numbers with commas between"),
+        (["eval", "{folder}", "{pictures}", "--stitches", "77"], "stitch_id 77 is out of range"),
+        (["eval", "{folder}", "{strangers}"], "has a class 'stranger' that the model does not know"),
+        (["eval", "{folder}", "{broken}"], "the image .*0.png cannot be read"),
+        (["calibrate", "{folder}", "--dtype", "int8"], "dtype must be float32, bfloat16 or float16, got 'int8'"),
+        (["calibrate", "{folder}", "--batch-size", "0"], "batch_size and num_runs must be at least 1"),
+        (["extract", "{folder}", "4", "{folder}"], "already holds another run"),
+        (["extract", "{folder}", "99", "{new}"], "stitch_id 99 is out of range"),
+        (["build", "vit_tiny_patch16_224", "-o", "{new}"], "at least two anchors"),
+        (["build", "vit_tiny", "resnet18", "-o", "{new}"], "has no model 'vit_tiny'; the nearest are"),
+        (["build", "resnet18", "resnet34", "-o", "{folder}"], "already holds another run"),
+        (["push", "{empty}", "someone/tiny"], "is no checkpoint of a stitchable model"),
+        (["push", "{folder}", "not a name"], "Repo id must use alphanumeric"),
+        (["push", "{folder}", "someone/tiny"], "offline"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, folder, pictures, tmp_path) -> None:
+    for name in ("stranger", "class 1"):
+        (tmp_path / "strangers" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "strangers" / name / "1.png")
+        (tmp_path / "broken" / name.replace("stranger", "class 0")).mkdir(parents=True)
+    (tmp_path / "broken" / "class 0" / "0.png").write_bytes(b"\x89PNG broken")
+    Image.new("RGB", (9, 9)).save(tmp_path / "broken" / "class 1" / "1.png")
+    (tmp_path / "empty").mkdir()
+    places = {name: tmp_path / name for name in ("empty", "new", "pictures", "strangers", "broken")}
+    result = run(*(argument.format(folder=folder, **places) for argument in arguments), fails=True)
+    assert re.search(message, result.stderr), result.stderr
+    assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())
+
+
+def test_help_reads_well() -> None:
+    text = run("--help").stdout
+    for name in ("build", "table", "plot", "eval", "calibrate", "extract", "push"):
+        assert name in text
+        assert f"Usage: root {name} [OPTIONS]" in run(name, "--help").stdout

@@ -35,8 +35,8 @@ def export_onnx(
     """Write stitches as ONNX graphs beside one file of weights that they share.
 
     Every graph takes "pixel_values" (N, C, H, W) in float32, for any N, and gives "logits" (N, num_labels). What a
-    runtime needs to know of images and classes is in its metadata, see `metadata_of`. A weight that several stitches use
-    is stored once in `weights.bin`, so to open another graph of the folder is to read no new file.
+    runtime needs to know of images and classes is in its metadata, see `metadata_of`. A weight that several stitches
+    use is stored once in `weights.bin`, so to open another graph of the folder is to read no new file.
 
     Args:
         model: in float32.

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from checkpoints import Checkpoints, RunStopped
 from data import make_test_loader
+from plan import make_accelerator
 from recipe import load_recipe
 from sources import load_data
 from stitchable import StitchableForImageClassification, evaluate
@@ -213,6 +214,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
     overrides = [*TINY, "training.learning_rate=1e30", "training.clip=null", "checkpoints.every=1"]
     with pytest.raises(RunStopped, match=r"the loss of step \d+, stitch \d+, is (nan|inf)\. The last good checkpoint"):
         run(load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *overrides]))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="shards there")
+def test_sharding_that_would_not_happen_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="Accelerate shards weights only on GPUs; here, choose MULTI_CPU"):
+        make_accelerator()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,12 @@ import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, get_cpu_distributed_information
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    get_cpu_distributed_information,
+    parse_flag_from_env,
+)
 
 from augmentation import make_image_transform, make_mixup
 from data import make_processor
@@ -63,7 +68,8 @@ def make_accelerator(
         gradient_accumulation_steps: backward passes per optimiser step.
 
     Raises:
-        ValueError: a tracker that is not installed, DeepSpeed, or several processes that would not train together.
+        ValueError: a tracker that is not installed, DeepSpeed, FSDP without a GPU, or several processes that would not
+            train together.
     """
     installed = {str(tracker) for tracker in get_available_trackers()}
     for tracker in trackers:
@@ -86,6 +92,8 @@ def make_accelerator(
     )
     if accelerator.num_processes != num_processes:
         raise ValueError(f"{num_processes} processes were started, but Accelerate sees {accelerator.num_processes}")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not is_sharded(accelerator):
+        raise ValueError("FSDP is asked for, but Accelerate shards weights only on GPUs; here, choose MULTI_CPU")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed is not supported; for weights shared out over processes take FSDP")
     return accelerator

@@ -138,8 +138,11 @@ def test_extract_saves_one_stitch(folder, tmp_path) -> None:
     assert (tmp_path / "alone" / "README.md").exists()
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:100])
+def test_export_writes_graphs_or_a_program(folder, tmp_path) -> None:
+    output = run("export", folder, tmp_path / "graphs", "--stitches", "0").stdout
+    size = sum(path.stat().st_size for path in (tmp_path / "graphs").iterdir())
+    assert output == f"{tmp_path / 'graphs'}: 1 graphs and their weights, {size:,} bytes\n"
+    assert run("export", folder, tmp_path / "x.pt2", "--stitches", "4").stdout == f"{tmp_path / 'x.pt2'}: stitch 4\n"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +164,11 @@ def cut(path: Path) -> None:
         (["build", "vit_tiny_patch16_224", "-o", "{new}"], "at least two anchors"),
         (["build", "vit_tiny", "resnet18", "-o", "{new}"], "has no model 'vit_tiny'; the nearest are"),
         (["build", "resnet18", "resnet34", "-o", "{folder}"], "already holds another run"),
+        (["convert", "{folder}/config.json", "{new}", "--family", "deit"], "is no checkpoint that can be read without"),
+        (["convert", "{folder}/config.json", "{new}", "--family", "vit"], "the authors released deit, swin, resnet"),
+        (["export", "{folder}", "{new}", "--stitches", "99"], "stitch_id 99 is out of range"),
+        (["export", "{folder}", "{folder}"], "already holds something"),
+        (["export", "{folder}", "{new}/x.pt2"], "a program holds one stitch: give [-]-stitches ID"),
         (["push", "{empty}", "someone/tiny"], "is no checkpoint of a stitchable model"),
         (["push", "{folder}", "not a name"], "Repo id must use alphanumeric"),
         (["push", "{folder}", "someone/tiny"], "offline"),
@@ -182,6 +190,6 @@ def test_a_mistake_is_one_line(arguments, message, folder, pictures, tmp_path) -
 
 def test_help_reads_well() -> None:
     text = run("--help").stdout
-    for name in ("build", "table", "plot", "eval", "calibrate", "extract", "push"):
+    for name in ("build", "table", "plot", "eval", "calibrate", "extract", "export", "convert", "push"):
         assert name in text
         assert f"Usage: root {name} [OPTIONS]" in run(name, "--help").stdout

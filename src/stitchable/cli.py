@@ -12,8 +12,16 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 import stitchable
-from stitchable import StitchableConfig, StitchableForImageClassification, evaluate, initialize_stitches, pareto_front
+from stitchable import (
+    StitchableConfig,
+    StitchableForImageClassification,
+    conversion,
+    evaluate,
+    initialize_stitches,
+    pareto_front,
+)
 from stitchable.card import Card, short_names, stitch_table
+from stitchable.conversion import RELEASES
 from stitchable.export import export_onnx, export_program
 from stitchable.model.routes import Stitch
 from stitchable.plots import plot_stitches
@@ -233,6 +241,19 @@ def export(
         paths = export_onnx(loaded, output, ids, processor=processor, opset=opset)
         size = sum(path.stat().st_size for path in output.iterdir())
         typer.echo(f"{output}: {len(paths)} graphs and their weights, {size:,} bytes")
+
+
+@command
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A file that the authors of the paper released (.pth).")],
+    output: Annotated[Path, typer.Argument(help="New folder.")],
+    family: Annotated[str, typer.Option(help=f"One of {', '.join(RELEASES)}.")],
+) -> None:
+    """Make a stitchable checkpoint of the authors' weights, each stitch computing what their code computes."""
+    check_new_folder(output)
+    model = conversion.convert(checkpoint, family)
+    save_repository(model, output, image_processor(model.config), Card(output.resolve().name, license="other"))
+    typer.echo(f"{output}: {len(model.stitches)} stitches of {len(model.config.anchors)} anchors")
 
 
 @command

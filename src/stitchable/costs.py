@@ -35,12 +35,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class AnchorProfile:
-    """An anchor's shape and the cost of each of its parts."""
+    """An anchor's shape and the cost of each of its parts; `neck_flops` is the share of its final norm in the head."""
 
     shape: AnchorShape
     stem: Cost
     blocks: tuple[Cost, ...]
     head: Cost
+    neck_flops: int
 
     @property
     def total(self) -> Cost:
@@ -69,7 +70,8 @@ def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: in
             flops, features = _counted(chain.run_block, model, index, features)
             block_flops.append(flops)
             cuts.append(_cut(features, chain, image_size))
-        head_flops, _ = _counted(lambda x: model.forward_head(chain.run_neck(model, x)), features)
+        neck_flops, features = _counted(chain.run_neck, model, features)
+        head_flops, _ = _counted(model.forward_head, features)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot take images of {num_channels}x{image_size[0]}x{image_size[1]}: {error}"
@@ -84,7 +86,8 @@ def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: in
         shape=AnchorShape(chain.stages, tuple(cuts), chain.layout.value, chain.prefix_tokens),
         stem=Cost(stem_flops, params.get("stem", 0)),
         blocks=tuple(Cost(flops, params.get(index, 0)) for index, flops in enumerate(block_flops)),
-        head=Cost(head_flops, params.get("head", 0)),
+        head=Cost(neck_flops + head_flops, params.get("head", 0)),
+        neck_flops=neck_flops,
     )
 
 
@@ -110,7 +113,10 @@ def cost_of_layer(source: AnchorShape, stop: int, target: AnchorShape, start: in
 
 def cost_of_stitch(stitch: Stitch, profiles: Sequence[AnchorProfile]) -> Cost:
     """The sum over a route: the first anchor's stem, the blocks, the stitching layers, the last anchor's head."""
-    cost = profiles[stitch.route[0].anchor].stem + profiles[stitch.route[-1].anchor].head
+    first, last = profiles[stitch.route[0].anchor], profiles[stitch.route[-1].anchor]
+    cost = first.stem + last.head
+    if stitch.skips_neck:
+        cost = replace(cost, flops=cost.flops - last.neck_flops)
     for segment in stitch.route:
         cost = sum(profiles[segment.anchor].blocks[segment.start : segment.stop], cost)
     for index, (name, front, back) in enumerate(stitch.joints):

@@ -207,15 +207,16 @@ class _Parts:
             features = None if reached == block else self._features(anchor, block)
             parts.append(_Part(step, partial(model.run_step, step), features))
             reached = block + 1
-        if "head" in held:
-            depth = self.shapes[anchor].depth
-            step = Step("neck", anchor)
+        depth = self.shapes[anchor].depth
+        last_steps = {model.steps(stitch.id)[-1] for stitch in model.stitches}
+        for step in sorted(step for step in last_steps if step.anchor == anchor):
             features = None if reached == depth else self._features(anchor, depth)
-            parts.append(_Part(step, partial(self._run_neck_and_head, step), features))
+            parts.append(_Part(step, partial(self._run_to_logits, step), features))
+            reached = -1
         return parts
 
-    def _run_neck_and_head(self, step: Step, features: torch.Tensor) -> torch.Tensor:
-        """Taken as one: wherever the neck runs, the head follows."""
+    def _run_to_logits(self, step: Step, features: torch.Tensor) -> torch.Tensor:
+        """The last step and the head, taken as one: wherever the one runs, the other follows."""
         return self.model.run_head(step.anchor, self.model.run_step(step, features))
 
     def _part_of_layer(self, name: str) -> _Part:
@@ -247,18 +248,20 @@ class _Parts:
         for anchor, chain in self.model.chains.items():
             for name, tensor in _tensors(self.model.anchors[anchor]):
                 part = chain.part_of(name)
-                step = Step("block", anchor, part) if isinstance(part, int) else _ENDS[part](anchor)
-                weights[step] += tensor.nbytes
+                kinds = {"stem": ("stem",), "head": ("neck", "bare")}
+                steps = (
+                    [Step("block", anchor, part)] if isinstance(part, int) else [Step(k, anchor) for k in kinds[part]]
+                )
+                for step in steps:
+                    if step in weights:
+                        weights[step] += tensor.nbytes
         for name in self.layers:
             layer = self.model.get_stitching_layer(name)
             weights[Step("layer", layer=name)] = sum(tensor.nbytes for _, tensor in _tensors(layer))
         return weights
 
 
-_ENDS: dict[str, Callable[[int], Step]] = {
-    "stem": lambda anchor: Step("stem", anchor),
-    "head": lambda anchor: Step("neck", anchor),
-}
+_STEPS_OF_PART: dict[str | int, tuple[str, ...]] = {"stem": ("stem",), "head": ("neck", "bare")}
 
 
 class _Clock:

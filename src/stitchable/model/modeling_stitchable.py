@@ -32,7 +32,10 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 
 
 class Step(NamedTuple):
-    """One step of a stitch: a "stem", a "block", a stitching "layer", or a "neck" (what follows the last block)."""
+    """One step of a stitch: a "stem", a "block", a stitching "layer", or what follows the last block.
+
+    That is a "neck" (final norm and the like), or "bare", which leaves the features as they are.
+    """
 
     kind: str
     anchor: int = -1
@@ -168,6 +171,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         """Run one step on the features (the pixel values, for a stem) that the step before it returned."""
         if step.kind == "layer":
             return self.get_stitching_layer(step.layer)(features)
+        if step.kind == "bare":
+            return features
         anchor: TimmModel = self.anchors[step.anchor]
         chain = self.chains[step.anchor]
         if step.kind == "block":
@@ -175,7 +180,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return chain.run_stem(anchor, features) if step.kind == "stem" else chain.run_neck(anchor, features)
 
     def run_head(self, anchor: int, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Features after the neck to logits (N, num_labels), or to the pooled features before the classifier."""
+        """Features after the last step to logits (N, num_labels), or to the pooled features before the classifier."""
         model: TimmModel = self.anchors[anchor]
         return model.forward_head(features, pre_logits=pre_logits)
 
@@ -495,4 +500,4 @@ def _plan(stitch: Stitch) -> tuple[Step, ...]:
     for segment, layer in zip(stitch.route, (*stitch.layers, ""), strict=True):
         steps += [Step("block", segment.anchor, block) for block in range(segment.start, segment.stop)]
         steps += [Step("layer", layer=layer)] if layer else []
-    return (*steps, Step("neck", stitch.route[-1].anchor))
+    return (*steps, Step("bare" if stitch.skips_neck else "neck", stitch.route[-1].anchor))

@@ -111,6 +111,8 @@ class Stitch:
         id: the number by which it is chosen.
         route: its segments, front to back.
         layers: names of the stitching layers between them, "FRONT-BACK.INDEX", one fewer than segments.
+        skips_neck: whether the head takes the features of the last block as they are, without the back anchor's final
+            norm. Only weights that were trained so want it: the authors' DeiT stitches.
         flops: multiply-adds plus normalisation terms of one image (the convention of the paper and fvcore).
         params: parameters, as many as `extract` holds.
         latency_ms: predicted milliseconds of one call, None until calibrated.
@@ -122,6 +124,7 @@ class Stitch:
     id: int
     route: tuple[Segment, ...]
     layers: tuple[str, ...] = ()
+    skips_neck: bool = False
     flops: int | None = None
     params: int | None = None
     latency_ms: float | None = None
@@ -145,6 +148,8 @@ class Stitch:
             "route": [list(segment) for segment in self.route],
             "layers": list(self.layers),
         }
+        if self.skips_neck:
+            known["skips_neck"] = True
         for name in ("flops", "params", "latency_ms", "memory_mb"):
             if getattr(self, name) is not None:
                 known[name] = getattr(self, name)

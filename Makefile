@@ -32,6 +32,8 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/least_squares.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/partial_loading.py
+	$(BIN)/python benchmarks/latency.py
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,12 +1,13 @@
 """The studies of docs/reproduction.md: their recipes are valid, and their tables are what the results say."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from recipe import load_recipe
 from reproduce import STUDIES
-from reproduction_report import rank_correlations
+from reproduction_report import PAGE, RESULTS, fill, rank_correlations, read_runs
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = [(study, variant) for study in STUDIES for variant in STUDIES[study].variants]
@@ -37,3 +38,17 @@ def test_rank_correlations_are_per_pair_with_its_anchors() -> None:
     accuracy = {"0": 0.1, "1": 0.4, "2": 0.2, "3": 0.3, "4": 0.2, "5": 0.3, "6": 0.0}
     run = {"stitches": {i: {"route": routes[i], "flops": flops[i]} for i in routes}, "trained": accuracy}
     assert rank_correlations(run, "trained") == pytest.approx({(0, 1): 1.0, (1, 2): -1.0})
+
+
+def test_the_page_shows_what_the_results_say() -> None:
+    text = PAGE.read_text()
+    studies = {path.stem for path in RESULTS.glob("*.json")}
+    assert studies == set(STUDIES)
+    for study in studies:
+        assert fill(text, study) == text
+        runs = read_runs(study)
+        assert set(runs) == set(STUDIES[study].variants)
+        assert all(len(seeds) == STUDIES[study].seeds for seeds in runs.values())
+        assert f"reproduction/{study}.png" in text
+        assert (RESULTS / f"{study}.png").exists()
+    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b", text)  # no place left to fill in

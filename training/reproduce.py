@@ -176,6 +176,8 @@ class Runner:
                 **read_results(output),
                 **crops,
             }
+            runs = self.results["runs"]
+            self.results["runs"] = {name: runs[name] for name in self.study.variants if name in runs}
             RESULTS.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.results, indent=None) + "\n")
 

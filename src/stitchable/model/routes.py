@@ -111,25 +111,25 @@ class Stitch:
         id: the number by which it is chosen.
         route: its segments, front to back.
         layers: names of the stitching layers between them, "FRONT-BACK.INDEX", one fewer than segments.
-        skips_neck: whether the head takes the features of the last block as they are, without the back anchor's final
-            norm. Only weights that were trained so want it: the authors' DeiT stitches.
         flops: multiply-adds plus normalisation terms of one image (the convention of the paper and fvcore).
         params: parameters, as many as `extract` holds.
         latency_ms: predicted milliseconds of one call, None until calibrated.
         memory_mb: predicted peak of memory of one call, in 10^6 bytes, the weights of this stitch alone included; None
             until calibrated.
         metrics: measured figures, e.g. {"accuracy": 0.97}; empty until evaluated.
+        skips_neck: whether the head takes the features of the last block as they are, without the back anchor's final
+            norm. Only weights that were trained so want it: the authors' DeiT stitches.
     """
 
     id: int
     route: tuple[Segment, ...]
     layers: tuple[str, ...] = ()
-    skips_neck: bool = False
     flops: int | None = None
     params: int | None = None
     latency_ms: float | None = None
     memory_mb: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    skips_neck: bool = False
 
     @property
     def is_anchor(self) -> bool:

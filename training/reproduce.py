@@ -91,7 +91,12 @@ STUDIES = {
     ),
     "cifar10": Study(
         "training/recipes/cifar10.yaml",
-        ["data.dataset=parquet", "data.train_split=train[:10000]", "data.test_split=test[:2000]"],
+        [
+            "data.dataset=parquet",
+            "data.train_split=train[:10000]",
+            "data.test_split=test[:2000]",
+            "training.epochs=5",  # the anchors have ten
+        ],
         {
             "base": [],
             "kaiming": ["initialization.method=kaiming"],

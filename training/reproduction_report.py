@@ -96,23 +96,18 @@ def _anchors(runs: dict[str, dict[str, Run]]) -> str:
 def _interpolation(runs: dict[str, dict[str, Run]]) -> str:
     base, rows = runs["base"], []
     for pair in rank_correlations(next(iter(base.values())), "trained"):
-        inside, all_stages = [], {stage: [] for stage in ("initialized", "trained")}
+        members = [i for i, entry in _entries(base).items() if pair_of(entry["route"]) == pair]
+        row = ["-".join(map(str, pair)), str(len(members))]
+        for stage in ("initialized", "trained"):
+            row.append(_percent(statistics.mean(run[stage][i] for i in members) for run in base.values()))
+            row.append(_spread([rank_correlations(run, stage)[pair] for run in base.values()], "{:.2f}"))
+        inside = []
         for run in base.values():
-            for stage, values in all_stages.items():
-                values.append(rank_correlations(run, stage)[pair])
             low, high = (run["trained"][str(anchor)] for anchor in pair)
-            members = [
-                a for i, a in stitches_of(run, "trained").items() if pair_of(run["stitches"][i]["route"]) == pair
-            ]
-            inside.append(sum(low <= accuracy <= high for accuracy in members) / len(members))
-        number = len(members)
-        rows.append(
-            ["-".join(map(str, pair)), str(number)]
-            + [_spread(values, "{:.2f}") for values in all_stages.values()]
-            + [_percent(inside)]
-        )
-    head = ["pair", "stitches", "rank correlation, least squares alone", "after training", "between their anchors"]
-    return _table(head, rows)
+            inside.append(statistics.mean(low <= run["trained"][i] <= high for i in members))
+        rows.append([*row, _percent(inside)])
+    head = ["pair", "stitches", "mean, initialised", "rank correlation", "mean, trained", "rank correlation"]
+    return _table([*head, "between their anchors"], rows)
 
 
 def _variants(runs: dict[str, dict[str, Run]]) -> str:

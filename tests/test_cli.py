@@ -17,6 +17,7 @@ from families import images, make
 from stitchable import StitchableConfig, StitchableForImageClassification
 from stitchable.card import Card
 from stitchable.cli import app
+from stitchable.images import _number
 from stitchable.processing import image_processor
 from stitchable.publishing import save_repository
 
@@ -102,19 +103,22 @@ def test_table_and_plot(folder, tmp_path) -> None:
 
 def test_eval_writes_what_it_measured_into_the_folder(folder, pictures) -> None:
     weights = (folder / "model-anchor-1.safetensors").stat().st_mtime_ns
-    measured = json.loads(run("eval", folder, pictures, "--json", "--batch-size", 4).stdout)
-    assert set(measured) == {str(i) for i in range(9)}
     config = StitchableConfig.from_pretrained(folder)
-    assert {str(entry["id"]): entry["metrics"]["accuracy"] for entry in config.stitches} == {
+    config.stitches[8]["metrics"] = {"accuracy": 0.9}  # on other data, which is not to stand beside the new figures
+    config.save_pretrained(folder)
+    stitches = ",".join(map(str, range(8)))
+    measured = json.loads(run("eval", folder, pictures, "--json", "--batch-size", 4, "--stitches", stitches).stdout)
+    assert set(measured) == {str(i) for i in range(8)}
+    config = StitchableConfig.from_pretrained(folder)
+    assert {str(entry["id"]): entry["metrics"]["accuracy"] for entry in config.stitches if "metrics" in entry} == {
         i: figures["accuracy"] for i, figures in measured.items()
     }
     assert json.loads((folder / "stitches.json").read_text())["stitches"] == config.stitches
     card = ModelCard.load(folder / "README.md")
-    assert len(card.data.eval_results) == 9
-    assert "on pictures (test split)" in card.text
+    assert len(card.data.eval_results) == 8
+    assert "accuracy on pictures." in card.text
     assert "it prints" in card.text
     assert (folder / "model-anchor-1.safetensors").stat().st_mtime_ns == weights
-    assert "| accuracy |" in run("eval", folder, pictures, "--stitches", "0,4").stdout
 
 
 def test_calibrate_makes_budgets(folder) -> None:
@@ -158,6 +162,10 @@ def test_export_writes_graphs_or_a_program(folder, tmp_path) -> None:
         (["eval", "{folder}", "{strangers}"], "has a class 'stranger' that the model does not know"),
         (["eval", "{folder}", "{broken}"], "the image .*0.png cannot be read"),
         (["calibrate", "{folder}", "--dtype", "int8"], "dtype must be float32, bfloat16 or float16, got 'int8'"),
+        (["calibrate", "{folder}", "--threads", "0"], "[-]-threads must be at least 1"),
+        (["eval", "{folder}", "{pictures}", "--device", "nowhere"], "the model cannot be put on 'nowhere'"),
+        (["table", "{folder}", "--pareto"], "has a measured accuracy; stitchable eval measures them"),
+        (["eval", "{folder}", "{splits}"], "has the splits train, validation; choose one"),
         (["calibrate", "{folder}", "--batch-size", "0"], "batch_size and num_runs must be at least 1"),
         (["extract", "{folder}", "4", "{folder}"], "already holds another run"),
         (["extract", "{folder}", "99", "{new}"], "stitch_id 99 is out of range"),
@@ -181,11 +189,22 @@ def test_a_mistake_is_one_line(arguments, message, folder, pictures, tmp_path) -
         (tmp_path / "broken" / name.replace("stranger", "class 0")).mkdir(parents=True)
     (tmp_path / "broken" / "class 0" / "0.png").write_bytes(b"\x89PNG broken")
     Image.new("RGB", (9, 9)).save(tmp_path / "broken" / "class 1" / "1.png")
+    for split in ("train", "validation"):
+        (tmp_path / "splits" / split / "class 1").mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "splits" / split / "class 1" / "1.png")
     (tmp_path / "empty").mkdir()
-    places = {name: tmp_path / name for name in ("empty", "new", "pictures", "strangers", "broken")}
+    places = {name: tmp_path / name for name in ("empty", "new", "pictures", "strangers", "broken", "splits")}
     result = run(*(argument.format(folder=folder, **places) for argument in arguments), fails=True)
     assert re.search(message, result.stderr), result.stderr
     assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("label", [-1, 5, None, "a"])
+def test_labels_that_are_none_of_the_classes_are_refused(label) -> None:
+    """Data sets whose labels are secret have -1."""
+    with pytest.raises(ValueError, match="is none of the classes; choose a split whose labels are known"):
+        _number(label, [3, 4, 0, 1, 2])
+    assert _number(2, [3, 4, 0, 1, 2]) == 0
 
 
 def test_help_reads_well() -> None:

@@ -167,6 +167,8 @@ try:
     raise AssertionError("loaded without asking")
 except ValueError as error:
     assert "trust_remote_code=True" in str(error), error
+if sys.modules.get("stitchable"):
+    stitchable.StitchableForImageClassification.from_pretrained(folder, trust_remote_code=True)
 for place in (folder, again):
     model = AutoModelForImageClassification.from_pretrained(place, trust_remote_code=True)
     with torch.no_grad():
@@ -218,6 +220,8 @@ class Mine(ResNet):
         ),
         ("mine.py", "import stitchable as st", "line 4 of mine.py is not of the form"),
         ("mine.py", "from stitchable import Layout as L", "line 4 of mine.py is not of the form"),
+        ("mine.py", "import beside", "line 4 of mine.py imports beside.py, and only one file travels"),
+        ("my-net.py", "", "my-net.py cannot be imported by name"),
         ("routes.py", "", "routes.py has the name of a file that every checkpoint has"),
         ("__main__", "", "Mine was not defined in a file"),
     ],
@@ -228,6 +232,8 @@ def test_a_file_that_cannot_travel_is_left_with_a_warning(file, line, message, t
     monkeypatch.setitem(sys.modules, "mine", module)
     path = tmp_path / "source" / file
     path.parent.mkdir()
+    (path.parent / "beside.py").touch()
+    monkeypatch.syspath_prepend(path.parent)
     code = BODY.format(line=line)
     if file.endswith(".py"):
         path.write_text(code)

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, ViTImageProcessor
 
 from families import images, make
 from stitchable.export import ALIGNMENT, WEIGHTS, export_onnx, export_program, metadata_of
@@ -77,6 +77,9 @@ def test_metadata_says_how_to_feed_it_and_what_comes_out(model, exported, tmp_pa
     expected = processor(images=picture, return_tensors="pt")["pixel_values"][0]
     assert np.abs(pixels.transpose(2, 0, 1) - expected.numpy()).max() < 0.02
     assert metadata_of(model)["preprocessing"] == metadata["preprocessing"]
+    only_scaled = ViTImageProcessor(do_normalize=False, size={"height": 32, "width": 32})
+    kept = json.loads(metadata_of(model, only_scaled)["preprocessing"])
+    assert set(kept) == {"size", "resample", "rescale_factor"}  # no crop, no normalisation
 
 
 @torch.no_grad()
@@ -95,7 +98,9 @@ def test_a_program_computes_what_the_model_computes(model, tmp_path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["swin", "resnet", pytest.param("levit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("swin", "levit"))]
+)
 def test_other_layouts(name: str, tmp_path) -> None:
     model, x = make(name), images(name)
     stitch_id = model.stitches[-1].id

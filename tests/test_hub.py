@@ -46,7 +46,7 @@ from stitchable.publishing import push_folder
 model = make("vit", id2label={{i: f"class {{i}}" for i in range(5)}})
 for stitch in model.stitches:
     model.record(stitch.id, metrics={{"accuracy": 0.9 if stitch.id == 6 else 0.5}})
-Card("tiny", "someone/noise", recipe="seed: 1\\n").store(model.config)
+Card("tiny", "someone/noise", license="apache-2.0", recipe="seed: 1\\n").store(model.config)
 model.push_to_hub("{REPO}", private=True, commit_message="First", processor=image_processor(model.config, crop_pct=0.9))
 x = images("vit")
 torch.save((x, {{s.id: model(x, stitch_id=s.id).logits.detach() for s in model.stitches}}), "logits.pt")
@@ -63,7 +63,8 @@ control("break/0")
 push_folder("local", "{REPO}", commit_message="Again")
 push_folder("local", "{REPO}", commit_message="Tagged", tags=["tiny"])
 push_folder("local", "{REPO}", tags=["tiny"])
-push_folder("local", "{REPO}", revision="trial")  # the same there, of which a new branch begins
+# Files of a cache are links. The same is there, of which a new branch begins.
+push_folder(HfApi().snapshot_download("{REPO}"), "{REPO}", revision="trial", tags=["tiny"])
 said(lambda: push_folder("local", "{REPO}", token=False))
 said(lambda: push_folder("cache", "{REPO}"))
 """

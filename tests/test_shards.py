@@ -125,6 +125,33 @@ def test_variants_lie_side_by_side(model, tmp_path) -> None:
         assert torch.equal(loaded(images("vit"), stitch_id=4).logits, half(images("vit"), stitch_id=4).logits)
 
 
+def test_saving_without_a_variant_leaves_the_variant_alone(model, tmp_path) -> None:
+    model.save_pretrained(tmp_path, variant="a")
+    model.save_pretrained(tmp_path)
+    for arguments in ({}, {"variant": "a"}):
+        loaded = StitchableForImageClassification.from_pretrained(tmp_path, **arguments)
+        assert torch.equal(loaded(images("vit")).logits, model(images("vit")).logits)
+
+
+def test_a_config_of_ones_own_can_be_restricted_too(model, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    alone = StitchableForImageClassification.from_pretrained(tmp_path, config=config, stitch_id=4)
+    assert [stitch.id for stitch in alone.stitches] == [4]
+    assert alone.config.name_or_path == str(tmp_path)
+    assert alone.extract().name_or_path == str(tmp_path)
+    assert len(config.stitches) == 9
+
+
+def test_options_of_a_push_reach_it(model, tmp_path, monkeypatch) -> None:
+    pushed = []
+    monkeypatch.setattr(type(model), "push_to_hub", lambda self, repo_id, **options: pushed.append((repo_id, options)))
+    options = {"private": True, "revision": "dev", "create_pr": True, "commit_message": "x", "token": "t"}
+    model.save_pretrained(tmp_path / "name", push_to_hub=True, **options)
+    model.save_pretrained(tmp_path / "name", False, push_to_hub=True, repo_id="other")  # not the main process
+    assert pushed == [("name", options)]
+
+
 def test_an_interrupted_save_leaves_a_whole_checkpoint(model, tmp_path, monkeypatch) -> None:
     written = []
 

@@ -261,6 +261,7 @@ class Recipe(_Section):
 
     Attributes:
         name: of the model, as in its card.
+        license: of the trained weights, as the Hub writes it; None where nothing is said.
         output: the folder of the finished Hub repository; what a run needs meanwhile is beside it, in OUTPUT-run.
         seed: of everything drawn at random.
         modules: Python files to run first, which register models of one's own with timm and stitchable.
@@ -273,6 +274,7 @@ class Recipe(_Section):
 
     name: str
     output: str
+    license: str | None = None
     seed: int = 0
     modules: list[str] = []
     data: Data

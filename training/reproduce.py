@@ -177,7 +177,7 @@ class Runner:
         with self.lock:
             self.results["runs"].setdefault(name, {})[str(seed)] = {
                 "command": command,
-                **provenance(),
+                **json.loads(Path(f"{output}.provenance.json").read_text()),
                 **read_results(output),
                 **crops,
             }
@@ -199,6 +199,8 @@ class Runner:
             return " ".join(["python", *command])
         resume = ["--resume"] if (Path(f"{output}-run") / "recipe.yaml").exists() else []
         output.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:  # now, because the working tree may have changed when the run ends
+            Path(f"{output}.provenance.json").write_text(json.dumps(provenance()))
         print(" ".join(command), flush=True)
         with Path(f"{output}.log").open("a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -33,10 +33,10 @@ def main() -> None:
 
 
 def fill(text: str, study: str) -> str:
-    """The page with the tables of a study between its marks.
+    """The page with the tables of a study between its marks, as far as it has marks for them.
 
     Raises:
-        ValueError: a mark is missing.
+        ValueError: a mark has no end.
     """
     for name, make in TABLES.items():
         mark, end = f"<!-- {study}: {name} -->", "<!-- end -->"
@@ -189,7 +189,7 @@ def _crops(runs: dict[str, dict[str, Run]]) -> str:
             rows.append([name, crop["left_out"], f"{crop['flops'] / 1e6:.3f}", _percent(accuracies)])
             if name == "base" and crop["left_out"] != "none":
                 affordable = [i for i, entry in _entries(seeds).items() if entry["flops"] <= crop["flops"]]
-                best = [max(run["trained"][i] for i in affordable) for run in seeds.values()]
+                best = [max((run["trained"][i] for i in affordable), default=0.0) for run in seeds.values()]
                 rows[-1] += [_percent(best)]
             else:
                 rows[-1] += [""]

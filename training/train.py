@@ -280,6 +280,8 @@ class _Run:
         card = Card(
             name=recipe.name,
             dataset=recipe.data.dataset,
+            split="test",
+            license=recipe.license,
             recipe=yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False),
             accuracy_before={anchor: metrics["accuracy"] for anchor, metrics in self.results["before"].items()},
         )

@@ -33,15 +33,17 @@ class Card:
 
     Attributes:
         name: of the model, as in the title and the snippet.
-        dataset: what it was trained and measured on; the id of a data set of the Hub, or a name.
-        license: an identifier as the Hub writes it.
+        dataset: what it was measured on; the id of a data set of the Hub, or a name.
+        split: of the data set.
+        license: an identifier as the Hub writes it; None where nobody has said so.
         recipe: the settings it was trained with, as text; printed in full. Empty for a model that was not trained.
         accuracy_before: accuracy of the anchors, by stitch id, before they were trained together.
     """
 
     name: str
     dataset: str = ""
-    license: str = "apache-2.0"
+    split: str = ""
+    license: str | None = None
     recipe: str = ""
     accuracy_before: Mapping[int, float] = field(default_factory=dict)
 
@@ -74,7 +76,7 @@ def make_card(model: StitchablePreTrainedModel, card: Card) -> ModelCard:
         tags=["stitchable", "image-classification", "timm"],
         license=card.license,
         datasets=[card.dataset] if _is_on_hub(card.dataset) else None,
-        base_model=[entry["pretrained"] for entry in model.config.anchors if entry.get("pretrained")] or None,
+        base_model=[e["pretrained"] for e in model.config.anchors if _is_on_hub(e.get("pretrained") or "")] or None,
         model_name=card.name,
         eval_results=[_eval_result(stitch, card.dataset) for stitch in measured] or None,
     )
@@ -82,7 +84,7 @@ def make_card(model: StitchablePreTrainedModel, card: Card) -> ModelCard:
         data,
         template_path=str(_template()),
         name=card.name,
-        dataset=card.dataset or "unnamed data",
+        dataset=(card.dataset or "unnamed data") + (f" ({card.split} split)" if card.split else ""),
         figure=FIGURE if measured else None,
         num_stitches=len(stitches),
         anchors=[
@@ -159,6 +161,7 @@ def merge_cards(text: str, theirs: ModelCard | None, name: str, tags: Sequence[s
     old = ours.data.get("model_name")
     if old:
         ours.text = ours.text.replace(f'"{old}"', f'"{name}"').replace(f"`{old}`", f"`{name}`")
+        ours.data["model_name"] = name
     known_tags = ours.data.get("tags") or []
     ours.data["tags"] = [*known_tags, *(tag for tag in tags if tag not in known_tags)]
     if theirs is None:
@@ -169,7 +172,7 @@ def merge_cards(text: str, theirs: ModelCard | None, name: str, tags: Sequence[s
         ours.text = f"{ours.text.rstrip()}\n\n{kept}\n"
     known = ours.data.to_dict()
     for key, value in theirs.data.to_dict().items():
-        if key not in known and key != "model-index":
+        if key not in known and key not in ("model-index", "model_name"):
             ours.data[key] = value
         elif key in ("tags", "datasets", "base_model") and isinstance(value, list):
             ours.data[key] = [*known[key], *(entry for entry in value if entry not in known[key])]
@@ -209,7 +212,7 @@ def stitch_table(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> str
             for stitch in stitches
         ],
         unit: [f"{(stitch.flops or 0) / divisor:.3f}" for stitch in stitches],
-        "params": [f"{stitch.params:,}" for stitch in stitches],
+        "params": [_shown(stitch.params, 1, ",.0f") for stitch in stitches],
         "accuracy": [_shown(stitch.metrics.get("accuracy"), 100, ".2f", " %") for stitch in stitches],
         "images/s": [_shown(stitch.metrics.get("images_per_second"), 1, ",.0f") for stitch in stitches],
         "ms": [_shown(stitch.latency_ms, 1, ".2f") for stitch in stitches],
@@ -248,8 +251,8 @@ def _eval_result(stitch: Stitch, dataset: str) -> EvalResult:
     )
 
 
-def _is_on_hub(dataset: str) -> bool:
-    return dataset.count("/") == 1
+def _is_on_hub(name: str) -> bool:
+    return name.count("/") == 1
 
 
 def _accuracy(stitches: Sequence[Stitch], stitch_id: int) -> float | None:

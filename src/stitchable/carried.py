@@ -27,15 +27,19 @@ def carry_families(model: StitchablePreTrainedModel, classes: Iterable[type[nn.M
     `trust_remote_code=True`, where neither stitchable nor the file is. A file that cannot travel is left with a warning
     that says why: the checkpoint then loads only where the file was imported before.
     """
-    folder, carried = Path(folder), {}
+    folder = Path(folder)
+    carried: dict[str, Path] = {}
     for model_class in sorted(classes, key=lambda model_class: model_class.__name__):
+        name = model_class.__name__
         try:
             path, text = _read(model_class)
+            if path.name in {other.name for other in carried.values() if other != path}:
+                raise ValueError(f"two files are called {path.name}, that of {name} among them")
         except ValueError as error:
             logger.warning(f"{error}. So the checkpoint loads only where the file of this class was imported before")
             continue
         (folder / path.name).write_text(text)
-        carried[model_class.__name__] = path
+        carried[name] = path
     if carried:
         imports = "".join(f"from .{path.stem} import {name}\n" for name, path in carried.items())
         text = (_PACKAGE / "families.py").read_text().replace("\nFAMILIES", f"\n{imports}\nFAMILIES")
@@ -66,7 +70,11 @@ def import_families(source: str | Path, files: Sequence[str], **hub: Any) -> Non
         assert spec is not None
         module = sys.modules[name] = module_from_spec(spec)  # timm's register_model looks it up
         module.__file__ = path
-        exec(compile(text, path, "exec"), module.__dict__)  # what trust_remote_code stands for
+        try:
+            exec(compile(text, path, "exec"), module.__dict__)  # what trust_remote_code stands for
+        except BaseException:
+            del sys.modules[name]
+            raise
 
 
 def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
@@ -83,13 +91,22 @@ def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
         raise ValueError(f"{name} was not defined in a file") from None
     if model_class.__module__ == "__main__":
         raise ValueError(f"{name} is defined in the program that runs, {path.name}, and not in a file of its own")
+    if not path.stem.isidentifier():
+        raise ValueError(f"{path.name} cannot be imported by name, rename it")
     if (_PACKAGE / path.name).exists():
         raise ValueError(f"{path.name} has the name of a file that every checkpoint has")
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level and node.module != "anchors":
             raise ValueError(f"line {node.lineno} of {path.name} imports from a file beside it, and only one travels")
-        if not isinstance(node, ast.Import | ast.ImportFrom) or not _of_stitchable(node):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        beside = [name for name in _top_levels(node) if path.with_name(f"{name}.py").exists()]
+        if beside and not (isinstance(node, ast.ImportFrom) and node.level):
+            raise ValueError(
+                f"line {node.lineno} of {path.name} imports {beside[0]}.py, and only one file travels"
+            )
+        if "stitchable" not in _top_levels(node):
             continue
         names = {alias.name for alias in node.names}
         if isinstance(node, ast.Import) or names - _OFFERED or any(alias.asname for alias in node.names):
@@ -101,6 +118,6 @@ def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
     return path, "\n".join([*lines, ""])
 
 
-def _of_stitchable(node: ast.Import | ast.ImportFrom) -> bool:
+def _top_levels(node: ast.Import | ast.ImportFrom) -> list[str]:
     modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-    return any(module.split(".")[0] == "stitchable" for module in modules)
+    return [module.split(".")[0] for module in modules]

@@ -20,7 +20,7 @@ from stitchable import (
     initialize_stitches,
     pareto_front,
 )
-from stitchable.card import Card, short_names, stitch_table
+from stitchable.card import Card, SnippetError, short_names, stitch_table
 from stitchable.conversion import RELEASES
 from stitchable.export import export_onnx, export_program
 from stitchable.model.routes import Stitch
@@ -51,7 +51,7 @@ def command(function: F) -> F:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError) as error:
+        except (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError, SnippetError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
 
@@ -115,6 +115,8 @@ def table(
     if not stitches:
         raise ValueError(f"{model} has no config.json of a stitchable model")
     chosen = pareto_front(stitches) if pareto else stitches
+    if not chosen:
+        raise ValueError(f"no stitch of {model} has a measured accuracy; stitchable eval measures them")
     if as_json:
         typer.echo(json.dumps([stitch.to_dict() for stitch in chosen], indent=1))
     else:
@@ -150,7 +152,7 @@ def eval(  # the name of the command
     as_json: Json = False,
 ) -> None:
     """Measure top-1, top-5 and loss of every stitch over one pass of the data."""
-    model = _load(folder, trust_remote_code).to(device)
+    model = _to(_load(folder, trust_remote_code), device)
     batches = _read(
         data,
         processor_of(model),
@@ -161,7 +163,12 @@ def eval(  # the name of the command
         batch_size=batch_size,
     )
     measured = evaluate(model, batches, _numbers(stitches, "--stitches"), checkpoint=None)
-    update_repository(model, folder, dataset=Path(data).name if Path(data).is_dir() else data)
+    dataset = Path(data).name if Path(data).is_dir() else data
+    known = Card.of(model.config, "")
+    if (known.dataset, known.split) != (dataset, split or ""):
+        for stitch in model.stitches:  # what was measured on other data does not stand beside it
+            model.record(stitch.id, metrics=measured.get(stitch.id, {}))
+    update_repository(model, folder, dataset=dataset, split=split or "", trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps(measured, indent=1))
     else:
@@ -181,20 +188,21 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Predict latency and memory of every stitch on this device, so that both can be budgets."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
     if threads is not None:
         torch.set_num_threads(threads)
-    data_type = getattr(torch, dtype, None)
-    if not isinstance(data_type, torch.dtype) or not data_type.is_floating_point:
+    if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     model = _load(folder, trust_remote_code)
-    running = _load(folder, trust_remote_code).to(device, data_type)
+    running = _to(_load(folder, trust_remote_code), device, getattr(torch, dtype))
     if compiled:
         running.compile_blocks()
     result = stitchable.calibrate(running, batch_size=batch_size, num_runs=num_runs)
     for stitch in running.stitches:  # the folder keeps the data type of its weights
         model.record(stitch.id, latency_ms=stitch.latency_ms, memory_mb=stitch.memory_mb)
     model.config.latency = result
-    update_repository(model, folder)
+    update_repository(model, folder, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     else:
@@ -288,6 +296,13 @@ def _load(source: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
     return StitchableForImageClassification.from_pretrained(
         str(source), trust_remote_code=trust_remote_code, **arguments
     )
+
+
+def _to(model: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+    try:
+        return model.to(device, dtype) if dtype else model.to(device)
+    except (RuntimeError, AssertionError) as error:  # of PyTorch, one for unknown devices, one for absent ones
+        raise ValueError(f"the model cannot be put on {device!r}: {str(error).splitlines()[0]}") from error
 
 
 def _numbers(text: str | None, option: str) -> list[int] | None:

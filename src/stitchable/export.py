@@ -107,11 +107,18 @@ def export_program(
 def metadata_of(model: StitchableForImageClassification, processor: BaseImageProcessor | None = None) -> dict[str, str]:
     """What whoever feeds an exported stitch needs to know, as text: "preprocessing" and "labels" are JSON.
 
-    "preprocessing" has the image processor's "size", "crop_size", "resample" (as Pillow numbers it), "rescale_factor",
-    "image_mean" and "image_std"; "labels" the names of the classes in order.
+    "preprocessing" has of the image processor "size" and "resample" (as Pillow numbers it), "crop_size",
+    "rescale_factor", "image_mean" and "image_std", without those of a step that it leaves out; "labels" has the names
+    of the classes in order.
     """
     settings = (processor or image_processor(model.config)).to_dict()
-    names = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+    steps = {
+        "do_resize": ("size", "resample"),
+        "do_center_crop": ("crop_size",),
+        "do_rescale": ("rescale_factor",),
+        "do_normalize": ("image_mean", "image_std"),
+    }
+    names = [name for step, members in steps.items() if settings.get(step) for name in members]
     labels = [label for _, label in sorted((model.config.id2label or {}).items(), key=lambda item: int(item[0]))]
     return {
         "preprocessing": json.dumps({name: settings[name] for name in names}),

@@ -28,18 +28,20 @@ def read_batches(
             Hub, which is streamed.
         processor: the image processor of the model.
         config: of the model, whose classes the labels are; None for images alone.
-        split: of the data set; of a folder the whole, or one of its parts "train", "validation", "test".
+        split: of the data set; None for the only one.
         image_column: of a data set of the Hub.
         label_column: of a data set of the Hub.
         batch_size: images per batch.
 
     Raises:
-        ValueError: nothing is there, a column is missing, classes that are not the model's, or an image that cannot be
-            read; names it.
+        ValueError: nothing is there, several splits of which none was chosen, a column is missing, classes or labels
+            that are not the model's, or an image that cannot be read; names it.
     """
     dataset = _load(source, split)
     # Images alone may lie in folders of any name.
     wanted = [image_column, label_column] if config else [image_column]
+    if dataset.features is None:
+        dataset = dataset._resolve_features()  # of a stream that tells its columns only by its first rows
     missing = [name for name in wanted if name not in dataset.features]
     if missing:
         raise ValueError(f"{source} has no column {missing[0]!r}; it has {', '.join(dataset.features)}")
@@ -55,12 +57,16 @@ def _load(source: str, split: str | None) -> Any:
     is_folder = Path(source).is_dir()
     if not is_folder and (Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/"))):
         raise ValueError(f"{source} is neither a folder of images nor the id of a data set on the Hub")
+    options = {"path": "imagefolder", "data_dir": str(Path(source).absolute())} if is_folder else {"path": source}
     try:
-        if is_folder:
-            return load_dataset("imagefolder", data_dir=str(Path(source).absolute()), split=split or "train")
-        return load_dataset(source, split=split or "test", streaming=True)
+        found = load_dataset(**options, split=split, streaming=not is_folder)
     except (OSError, ValueError) as error:  # of datasets' own, such as EmptyDatasetError
         raise ValueError(f"{source}: no images can be loaded: {error}") from error
+    if isinstance(found, dict):
+        if len(found) > 1:
+            raise ValueError(f"{source} has the splits {', '.join(found)}; choose one")
+        (found,) = found.values()
+    return found
 
 
 def _numbers(source: str, feature: Any, config: StitchableConfig) -> list[int] | None:
@@ -86,13 +92,19 @@ def _batches(
     for first, rows in enumerate(dataset.iter(batch_size=batch_size)):
         images = []
         for place, row in enumerate(rows[image_column]):
+            name = (row or {}).get("path") or f"in row {first * batch_size + place}"
             try:
                 images.append(decoder.decode_example(row))
             except Exception as error:  # decoders raise whatever they like
-                name = row.get("path") or f"in row {first * batch_size + place}"
                 raise ValueError(f"the image {name} cannot be read: {error or type(error).__name__}") from error
         batch = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
         for column in label_columns:
-            labels = rows[column]
-            batch["labels"] = torch.tensor([label if numbers is None else numbers[label] for label in labels])
+            batch["labels"] = torch.tensor([_number(label, numbers) for label in rows[column]])
         yield batch
+
+
+def _number(label: Any, numbers: list[int] | None) -> int:
+    # Data sets whose labels are secret have -1 there, which would be the last class of a list.
+    if type(label) is not int or label < 0 or (numbers is not None and label >= len(numbers)):
+        raise ValueError(f"the label {label!r} is none of the classes; choose a split whose labels are known")
+    return label if numbers is None else numbers[label]

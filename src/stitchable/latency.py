@@ -248,13 +248,10 @@ class _Parts:
         for anchor, chain in self.model.chains.items():
             for name, tensor in _tensors(self.model.anchors[anchor]):
                 part = chain.part_of(name)
-                kinds = {"stem": ("stem",), "head": ("neck", "bare")}
-                steps = (
-                    [Step("block", anchor, part)] if isinstance(part, int) else [Step(k, anchor) for k in kinds[part]]
-                )
-                for step in steps:
-                    if step in weights:
-                        weights[step] += tensor.nbytes
+                steps = [Step("block", anchor, part)] if isinstance(part, int) else []
+                steps += [Step(kind, anchor) for kind in _STEPS_OF_PART.get(part, ())]
+                for step in set(steps) & set(weights):
+                    weights[step] += tensor.nbytes
         for name in self.layers:
             layer = self.model.get_stitching_layer(name)
             weights[Step("layer", layer=name)] = sum(tensor.nbytes for _, tensor in _tensors(layer))

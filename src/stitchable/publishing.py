@@ -12,27 +12,32 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from stitchable.card import (
     CARD,
     FIGURE,
     SAMPLE,
     Card,
+    SnippetError,
     eval_results_files,
     make_card,
     merge_cards,
     short_names,
     try_out,
 )
+from stitchable.model import modeling_stitchable
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.plots import plot_stitches
 from stitchable.processing import image_processor
 
+logger = logging.get_logger(__name__)
+
 STITCH_TABLE = "stitches.json"
 # Files of an earlier push that would stay beside the new ones and be loaded in their place.
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", ".eval_results/*"]
+_REPLACED = ["model.safetensors", "model-*.safetensors", "model.*.safetensors", "model.safetensors.index*.json"]
+_REPLACED += [".eval_results/stitch-*.yaml"]
 
 
 def save_repository(
@@ -65,25 +70,43 @@ def save_repository(
     make_card(model, card).save(folder / CARD)
 
 
-def update_repository(model: StitchablePreTrainedModel, folder: str | Path, dataset: str | None = None) -> None:
+def update_repository(
+    model: StitchablePreTrainedModel,
+    folder: str | Path,
+    *,
+    dataset: str | None = None,
+    split: str = "",
+    trust_remote_code: bool = False,
+) -> None:
     """Write new figures of the stitches into a folder: config, stitch table, figure and card. Weights stay.
 
     Args:
         model: was loaded from the folder, and measured or calibrated since.
         folder: a checkpoint of a stitchable model.
         dataset: what it was measured on, if that is new.
+        split: of the data set.
+        trust_remote_code: whether the snippet of the card may run code of the folder that is not this package's; where
+            it may not, it is not run.
     """
     folder = Path(folder)
     old = ModelCard.load(folder / CARD) if (folder / CARD).exists() else None
     card = Card.of(model.config, (old and old.data.get("model_name")) or folder.resolve().name)
-    card.dataset = dataset or card.dataset
+    if dataset is not None:
+        card.dataset, card.split = dataset, split
     card.store(model.config)
     model.config.save_pretrained(folder)
+    if not (folder / "preprocessor_config.json").exists():
+        processor_of(model).save_pretrained(folder)
     _describe(model, folder)
     (folder / CARD).write_text(merge_cards(str(make_card(model, card)), old, card.name))
     if not (folder / SAMPLE).exists():
         Image.new("RGB", (64, 64), "grey").save(folder / SAMPLE)
-    try_out(folder)
+    if trust_remote_code or _has_our_code(folder):
+        try_out(folder)
+    else:
+        logger.warning(
+            f"{folder} has code of its own, which was not run: its card does not say what the snippet prints"
+        )
 
 
 def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
@@ -93,9 +116,11 @@ def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
         plot_stitches(model.stitches, names).savefig(folder / FIGURE)
     table = {"anchors": names, "stitches": [stitch.to_dict() for stitch in model.stitches]}
     (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    for path, content in eval_results_files(model.stitches, Card.of(model.config, "").dataset).items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_text(content)
+    for path in folder.glob(".eval_results/stitch-*.yaml"):
+        path.unlink()
+    for name, content in eval_results_files(model.stitches, Card.of(model.config, "").dataset).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
 
 
 def push_model(
@@ -122,7 +147,10 @@ def push_model(
             Card.of(model.config, repo_id),
             sample=_sample_of(model),
         )
-        try_out(folder)
+        try:
+            try_out(folder)
+        except SnippetError as error:
+            logger.warning(f"{error}\nSo it is for others who load this model; the card says nothing of an output")
         return push_folder(folder, repo_id, **options)
 
 
@@ -162,11 +190,12 @@ def push_folder(
     _check_checkpoint(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
+    if revision is not None and not create_pr and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "repository"
         shutil.copytree(folder, staged, copy_function=_link, ignore=shutil.ignore_patterns("__pycache__"))
+        _check_checkpoint(staged)
         if (staged / CARD).exists():
             merged = merge_cards((folder / CARD).read_text(), _card_of(api, repo_id, revision), repo_id, tags or ())
             (staged / CARD).unlink()  # a link to the user's own
@@ -207,6 +236,7 @@ def _check_checkpoint(folder: Path) -> None:
 
 def _link(source: str, target: str) -> None:
     """Copy without a copy where the file system can: checkpoints are large."""
+    source = os.path.realpath(source)  # in a cache of the Hub files are links themselves
     try:
         os.link(source, target)
     except OSError:
@@ -222,13 +252,33 @@ def _card_of(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None
 
 
 def processor_of(model: StitchablePreTrainedModel) -> BaseImageProcessor:
-    """The image processor of the checkpoint that a model was loaded from, else timm's for the largest anchor."""
-    path = model.name_or_path and cached_file(
-        model.name_or_path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
-    )
+    """The image processor of the checkpoint that a model was loaded from, else timm's for the largest anchor.
+
+    Raises:
+        ValueError: that checkpoint is no longer there.
+    """
+    path = _file_of(model, "preprocessor_config.json")
     return AutoImageProcessor.from_pretrained(Path(path).parent) if path else image_processor(model.config)
 
 
 def _sample_of(model: StitchablePreTrainedModel) -> Image.Image | None:
-    path = model.name_or_path and cached_file(model.name_or_path, SAMPLE, _raise_exceptions_for_missing_entries=False)
+    path = _file_of(model, SAMPLE)
     return Image.open(path) if path else None
+
+
+def _file_of(model: StitchablePreTrainedModel, name: str) -> str | None:
+    if not model.name_or_path:
+        return None
+    try:
+        return cached_file(model.name_or_path, name, _raise_exceptions_for_missing_entries=False, **model.hub_arguments)
+    except OSError as error:
+        raise ValueError(
+            f"the model was loaded from {model.name_or_path}, where its {name} can no longer be found: {error}; give "
+            "processor="
+        ) from error
+
+
+def _has_our_code(folder: Path) -> bool:
+    package = Path(modeling_stitchable.__file__).parent
+    ours = {path.name: path.read_bytes() for path in package.glob("*.py")}
+    return all(path.read_bytes() == ours.get(path.name) for path in folder.glob("*.py"))

@@ -29,6 +29,8 @@ logger = logging.get_logger(__name__)
 
 # Arguments of from_pretrained that say where and how to look for files.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+# Those of push_to_hub, which save_pretrained(..., push_to_hub=True) takes too.
+_PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
 class Step(NamedTuple):
@@ -66,6 +68,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         find_stitch(self._stitches, config.stitch_id)  # again, because a config can be changed after it was checked
         self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
         self.gradient_checkpointing = False
+        self.hub_arguments: dict[str, Any] = {}  # how from_pretrained looked for `name_or_path`
         self._plans = {stitch.id: _plan(stitch) for stitch in self.stitches}
         self.chains: dict[int, Chain] = {}  # of the anchors that some stitch uses
         self.anchors = nn.ModuleList(self._build_anchor(index) for index in range(len(config.anchors)))
@@ -243,20 +246,24 @@ class StitchablePreTrainedModel(PreTrainedModel):
 
     # ---------------------------------------------------------------- saving and loading
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """As in any `PreTrainedModel`, but the weights are one file per anchor and one for the stitching layers.
 
         So a model that is loaded for one stitch or a budget downloads only the files it needs. `max_shard_size` has no
         effect.
         """
         push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        options = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
         kwargs["max_shard_size"] = sys.maxsize
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
             split_weights(save_directory, kwargs.get("variant"))
             self._carry_families(save_directory)
-        if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, token=kwargs.get("token"))
+            if push_to_hub:
+                options |= {"token": kwargs["token"]} if "token" in kwargs else {}
+                self.push_to_hub(repo_id or Path(save_directory).name, **options)
 
     @classmethod
     def from_pretrained(
@@ -279,38 +286,48 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if source is None or kwargs.get("gguf_file") or kwargs.get("use_safetensors") is False:
             return super().from_pretrained(source, *args, **kwargs)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        trust_remote_code = kwargs.pop("trust_remote_code", False)
         config = kwargs.pop("config", None)
-        if not isinstance(config, PreTrainedConfig):
+        if isinstance(config, PreTrainedConfig):
+            part = {name: kwargs.pop(name) for name in ("stitch_id", "max_flops") if name in kwargs}
+            config = type(config).from_dict(config.to_dict(), **part) if part else config
+        else:
             config, kwargs = cls.config_class.from_pretrained(
                 config or source, return_unused_kwargs=True, **{**kwargs, **hub}
             )
             kwargs |= hub
-        if config.families and not all(is_known(anchor["architecture"]) for anchor in config.anchors):
-            if not kwargs.get("trust_remote_code"):
+        if not config.anchors:  # transformers makes an empty config where there is none
+            raise ValueError(f"{source} has no config.json of a stitchable model")
+        used = {segment[0] for stitch in config.stitches for segment in stitch["route"]}
+        if config.families and not all(is_known(config.anchors[index]["architecture"]) for index in used):
+            if not trust_remote_code:
                 raise ValueError(
                     f"{source} brings models of its own in {', '.join(config.families)}; read them and pass "
                     "trust_remote_code=True, or import the file that registers them"
                 )
             importlib.import_module("stitchable.carried").import_families(source, config.families, **hub)
-        if not config.anchors:  # transformers makes an empty config where there is none
-            raise ValueError(f"{source} has no config.json of a stitchable model")
         with torch.device("meta"):
             needed = cls(copy.deepcopy(config)).state_dict().keys()
         files = find_shards(source, needed, variant=kwargs.get("variant"), **hub)
         if files is None or not config.left_out:
-            return super().from_pretrained(source, *args, config=config, **kwargs)
-        for name in (*hub, "variant", "use_safetensors"):
-            kwargs.pop(name, None)
-        loaded = super().from_pretrained(None, *args, config=config, state_dict=read_weights(files), **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).name_or_path = os.fspath(source)
+            loaded = super().from_pretrained(source, *args, config=config, **kwargs)
+        else:
+            for name in (*hub, "variant", "use_safetensors"):
+                kwargs.pop(name, None)
+            loaded = super().from_pretrained(None, *args, config=config, state_dict=read_weights(files), **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = os.fspath(source)
+        model.hub_arguments = {name: value for name, value in hub.items() if name != "force_download"}
         return loaded
 
     def _carry_families(self, folder: str | os.PathLike) -> None:
-        # Those of FAMILIES were copied with this file already.
-        classes = {type(anchor) for anchor in self.anchors} - {*FAMILIES, nn.Identity}
-        foreign = [model_class for model_class in classes if not model_class.__module__.startswith("timm.")]
+        own = {model_class for model_class in map(type, self.anchors) if not _is_of_a_library(model_class)}
+        foreign = own - set(FAMILIES)  # those of FAMILIES were copied with this file already
         if foreign:
             importlib.import_module("stitchable.carried").carry_families(self, foreign, folder)
+        elif not own:
+            self.config.families = []  # of anchors that no stitch of this model uses
+        if foreign or not own:
             self.config.save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]  # a mixin's, for mypy none
@@ -493,6 +510,10 @@ class StitchableForImageClassification(StitchablePreTrainedModel):
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return output if self._wants_dict(return_dict) else output.to_tuple()
+
+
+def _is_of_a_library(model_class: type) -> bool:
+    return model_class.__module__.startswith(("timm.", "torch."))
 
 
 def _plan(stitch: Stitch) -> tuple[Step, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-_PATTERNS = ("model-anchor-*.safetensors", "model-stitching-layers.safetensors")
+_SHARD = r"model-(anchor-\d+|stitching-layers)"
 
 
 def split_weights(folder: str | os.PathLike, variant: str | None = None) -> None:
@@ -21,8 +22,10 @@ def split_weights(folder: str | os.PathLike, variant: str | None = None) -> None
     """
     folder = Path(folder)
     whole, index = (folder / _with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    patterns = (_with_variant(pattern, variant) for pattern in _PATTERNS)
-    stale = {path for pattern in patterns for path in folder.glob(pattern)} | {index}
+    if not whole.exists():  # such as an adapter, which transformers saves in its own way
+        return
+    pattern = re.compile(_with_variant(f"{_SHARD}.safetensors", variant).replace(".", r"\."))
+    stale = {path for path in folder.iterdir() if pattern.fullmatch(path.name)} | {index}
     with safe_open(whole, framework="pt") as weights:
         names = list(weights.keys())
         weight_map = {name: _with_variant(_shard_of(name), variant) for name in names}
@@ -89,8 +92,8 @@ def read_weights(files: Mapping[str, Collection[str]]) -> dict[str, torch.Tensor
 
 
 def _shard_of(name: str) -> str:
-    role, part, _ = name.split(".", 2)
-    return f"model-anchor-{part}.safetensors" if role == "anchors" else "model-stitching-layers.safetensors"
+    anchor = re.match(r"anchors\.(\d+)\.", name)
+    return f"model-anchor-{anchor[1]}.safetensors" if anchor else "model-stitching-layers.safetensors"
 
 
 def _with_variant(name: str, variant: str | None) -> str:

@@ -190,7 +190,7 @@ OURS = f'---\nmodel_name: tiny\ntags:\n- a\n---\n\n# tiny\n\nload("tiny") for `t
 def test_cards_are_merged(theirs, metadata, below) -> None:
     old = None if theirs is None else ModelCard(theirs)
     merged = ModelCard(merge_cards(OURS, old, "someone/tiny"))
-    assert merged.data.to_dict() == {"model_name": "tiny", **metadata}
+    assert merged.data.to_dict() == {"model_name": "someone/tiny", **metadata}
     above, _, kept = merged.text.partition(KEPT_BELOW)
     assert 'load("someone/tiny") for `someone/tiny`' in above
     assert kept.lstrip("\n") == below

@@ -121,6 +121,7 @@ def test_eval_writes_what_it_measured_into_the_folder(folder, pictures) -> None:
     assert (folder / "model-anchor-1.safetensors").stat().st_mtime_ns == weights
 
 
+@pytest.mark.slow
 def test_calibrate_makes_budgets(folder) -> None:
     output = run("calibrate", folder, "--num-runs", 1, "--threads", torch.get_num_threads()).stdout
     assert "| ms | MB |" in output

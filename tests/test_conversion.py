@@ -172,6 +172,7 @@ def test_levit_by_the_order_of_its_weights(tmp_path) -> None:
     assert torch.equal(layer.weight, linear(8, 12, 0)["transform.weight"])
 
 
+@pytest.mark.slow
 def test_the_released_families_cost_what_the_authors_report() -> None:
     """At full size, on the meta device: FLOPs to the integer, and the layers of Swin's unpaired stage."""
     deit = StitchableConfig.from_anchors(list(RELEASES["deit"].anchors))

@@ -180,7 +180,10 @@ print(type(model).__module__)
 
 @pytest.mark.parametrize(
     ("installed", "module"),
-    [("sys.modules['stitchable'] = None", "transformers_modules."), ("import stitchable", "stitchable.model.")],
+    [
+        ("sys.modules['stitchable'] = None", "transformers_modules."),
+        pytest.param("import stitchable", "stitchable.model.", marks=pytest.mark.slow),
+    ],
 )
 @torch.no_grad()
 def test_the_family_travels_with_its_checkpoint(installed, module, model, tmp_path) -> None:

@@ -77,6 +77,7 @@ def published(name: str, folder: Path):
     return model, x
 
 
+@pytest.mark.slow
 def test_a_folder_loads_where_stitchable_is_not_installed(tmp_path) -> None:
     model, x = published("swin", tmp_path / "hub")
     with torch.no_grad():

@@ -228,7 +228,9 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch) -> None:
     [
         ("sandwich", ["sampling.method=sandwich", "distillation={kind: in_place}"]),
         ("bins", ["sampling.method=flops_bins", "evaluation.every=1", "evaluation.during=all"]),
-        ("agc", ["training.clip=agc", "training.clip_at=0.01", "training.optimizer=sgd"]),
+        pytest.param(
+            "agc", ["training.clip=agc", "training.clip_at=0.01", "training.optimizer=sgd"], marks=pytest.mark.slow
+        ),
         ("value", ["training.clip=value", "training.label_smoothing=0.1", "initialization.method=kaiming"]),
     ],
 )
@@ -292,15 +294,18 @@ def test_training_the_stitching_layers_alone_leaves_the_anchors_as_they_were(tmp
 PLAIN = [*TINY, "training.clip=null", "training.optimizer=sgd", "training.optimizer_options={}"]
 
 
-@pytest.fixture
-def alone(tmp_path) -> Path:
-    run(load_recipe(DIGITS, [f"output={tmp_path / 'alone'}", *PLAIN]))
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run(load_recipe(DIGITS, [f"output={folder}", *PLAIN]))
     AcceleratorState._reset_state(reset_partial_state=True)
-    return tmp_path / "alone"
+    return folder
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile, while it looks at a block
-@pytest.mark.parametrize("name", ["two processes", "two accumulated gradients", "compiled blocks"])
+@pytest.mark.parametrize(
+    "name", ["two processes", "two accumulated gradients", pytest.param("compiled blocks", marks=pytest.mark.slow)]
+)
 def test_however_it_is_launched_it_is_the_same_training(name: str, alone: Path, tmp_path, monkeypatch) -> None:
     """The same images and stitches, so the same weights up to rounding."""
     output = tmp_path / "run"

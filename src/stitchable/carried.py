@@ -103,9 +103,7 @@ def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
             continue
         beside = [name for name in _top_levels(node) if path.with_name(f"{name}.py").exists()]
         if beside and not (isinstance(node, ast.ImportFrom) and node.level):
-            raise ValueError(
-                f"line {node.lineno} of {path.name} imports {beside[0]}.py, and only one file travels"
-            )
+            raise ValueError(f"line {node.lineno} of {path.name} imports {beside[0]}.py, and only one file travels")
         if "stitchable" not in _top_levels(node):
             continue
         names = {alias.name for alias in node.names}

@@ -1,7 +1,5 @@
 """examples/cifar10_resnets: a family of one's own, registered by importing a file, with weights from files."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,6 +12,7 @@ from torch import nn
 
 from families import randomise
 from plan import check_plan, run_modules
+from processes import run_python
 from recipe import load_recipe
 from stitchable import StitchableForImageClassification, carried, evaluate, initialize_stitches
 
@@ -191,16 +190,8 @@ def test_the_family_travels_with_its_checkpoint(installed, module, model, tmp_pa
     model.save_pretrained(tmp_path / "saved")
     assert model.config.families == ["cifar_resnet.py"]
     torch.save((x, model(x, stitch_id=3).logits), tmp_path / "saved" / "logits.pt")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", AS_A_USER.format(installed=installed), "saved", "again"],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(module)
+    code, modules = AS_A_USER.format(installed=installed), str(tmp_path / "modules")
+    assert run_python(code, "saved", "again", cwd=tmp_path, HF_MODULES_CACHE=modules).startswith(module)
 
 
 BODY = """

@@ -1,8 +1,5 @@
 """A real push to a Hub on the loopback interface, and every way to load from it in a process without stitchable."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hub_server import TOKEN, Hub
+from processes import run_python
 
 TESTS = Path(__file__).parent
 REPO = "someone/tiny"
@@ -109,11 +107,8 @@ said(lambda: load(revision="absent"))
 
 
 def python(code: str, hub: Hub, folder: Path, **variables: str) -> list[str]:
-    environment = {**os.environ, **hub.environment(folder / "cache"), "PYTHONPATH": str(TESTS), **variables}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+    environment = {**hub.environment(folder / "cache"), "PYTHONPATH": str(TESTS), **variables}
+    return run_python(code, cwd=folder, **environment).splitlines()
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """A folder that is a complete Hub repository, loaded by people who do not have stitchable."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from families import images, make
+from processes import run_python
 from stitchable import evaluate
 from stitchable.card import (
     KEPT_BELOW,
@@ -86,16 +84,8 @@ def test_a_folder_loads_where_stitchable_is_not_installed(tmp_path) -> None:
     torch.save(logits, tmp_path / "logits.pt")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "image.png")
     arguments = [tmp_path / path for path in ("hub", "image.png", "x.pt", "logits.pt", "again")]
-    result = subprocess.run(
-        [sys.executable, "-c", AS_A_USER, *map(str, arguments)],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "loaded transformers_modules" in result.stdout
+    output = run_python(AS_A_USER, *arguments, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert "loaded transformers_modules" in output
 
 
 def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:

@@ -38,6 +38,7 @@ def fill(text: str, study: str) -> str:
     Raises:
         ValueError: a mark has no end.
     """
+    runs = read_runs(study)
     for name, make in TABLES.items():
         mark, end = f"<!-- {study}: {name} -->", "<!-- end -->"
         before, found, after = text.partition(mark)
@@ -45,7 +46,7 @@ def fill(text: str, study: str) -> str:
             continue
         if end not in after:
             raise ValueError(f"{mark} has no {end}")
-        text = f"{before}{mark}\n{make(read_runs(study))}\n{end}{after.partition(end)[2]}"
+        text = f"{before}{mark}\n{make(runs)}\n{end}{after.partition(end)[2]}"
     return text
 
 
@@ -80,8 +81,8 @@ def rank_correlations(run: Run, stage: str) -> dict[tuple[int, ...], float]:
 
 def _anchors(runs: dict[str, dict[str, Run]]) -> str:
     base = runs["base"]
-    anchors = [i for i, entry in next(iter(base.values()))["stitches"].items() if len(entry["route"]) == 1]
-    flops = {i: next(iter(base.values()))["stitches"][i]["flops"] for i in anchors}
+    anchors = [i for i, entry in _entries(base).items() if len(entry["route"]) == 1]
+    flops = {i: _entries(base)[i]["flops"] for i in anchors}
     rows = [
         [
             i,
@@ -113,7 +114,7 @@ def _interpolation(runs: dict[str, dict[str, Run]]) -> str:
 def _variants(runs: dict[str, dict[str, Run]]) -> str:
     rows = []
     for name, seeds in runs.items():
-        if name.startswith("alone-") or name == "drop-path":
+        if not _is_compared(name):
             continue
         num = len(stitches_of(next(iter(seeds.values())), "trained"))
         columns = []
@@ -167,7 +168,7 @@ def _alone(runs: dict[str, dict[str, Run]]) -> str:
             continue
         i = name.removeprefix("alone-")
         together = [run["trained"][i] for run in runs["base"].values()]
-        entry = next(iter(seeds.values()))["stitches"][i]
+        entry = _entries(seeds)[i]
         rows.append(
             [
                 i,
@@ -196,6 +197,11 @@ def _crops(runs: dict[str, dict[str, Run]]) -> str:
     return _table(["variant", "blocks left out", "MFLOPs", "accuracy", "best stitch of base that costs no more"], rows)
 
 
+def _is_compared(name: str) -> bool:
+    """Whether a variant trains all stitches, so that it stands beside the base."""
+    return not name.startswith("alone-") and name != "drop-path"
+
+
 def _entries(seeds: dict[str, Run]) -> dict[str, Any]:
     return next(iter(seeds.values()))["stitches"]
 
@@ -213,7 +219,7 @@ TABLES = {
 
 def draw(study: str, runs: dict[str, dict[str, Run]]) -> None:
     """Accuracy against FLOPs, means over the seeds: the base alone, and one panel per variant beside it."""
-    others = [name for name in runs if name != "base" and not name.startswith("alone-") and name != "drop-path"]
+    others = [name for name in runs if name != "base" and _is_compared(name)]
     panels: list[tuple[str, list[tuple[str, str]]]] = [
         ("least squares, before and after the joint training", [("base", "initialized"), ("base", "trained")])
     ]

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
-from stitchable.model.routes import Stitch, find_stitch, pareto_front
+from stitchable.model.routes import Stitch, pareto_front
 from stitchable.plots import flops_unit
 
 CARD = "README.md"
@@ -256,9 +256,8 @@ def _is_on_hub(name: str) -> bool:
 
 
 def _accuracy(stitches: Sequence[Stitch], stitch_id: int) -> float | None:
-    if all(stitch.id != stitch_id for stitch in stitches):  # a model of some of the stitches
-        return None
-    return find_stitch(stitches, stitch_id).metrics.get("accuracy")
+    # A model of some of the stitches may lack it.
+    return next((stitch.metrics.get("accuracy") for stitch in stitches if stitch.id == stitch_id), None)
 
 
 def _middle(stitches: Sequence[Stitch]) -> Stitch:

@@ -1,5 +1,6 @@
 """The command `stitchable`: from anchors to a published model, one subcommand per step."""
 
+import copy
 import json
 from collections.abc import Callable
 from functools import wraps
@@ -162,7 +163,7 @@ def eval(  # the name of the command
         label_column=label_column,
         batch_size=batch_size,
     )
-    measured = evaluate(model, batches, _numbers(stitches, "--stitches"), checkpoint=None)
+    measured = evaluate(model, batches, _numbers(stitches, "--stitches"))
     dataset = Path(data).name if Path(data).is_dir() else data
     known = Card.of(model.config, "")
     if (known.dataset, known.split) != (dataset, split or ""):
@@ -195,7 +196,7 @@ def calibrate(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     model = _load(folder, trust_remote_code)
-    running = _to(_load(folder, trust_remote_code), device, getattr(torch, dtype))
+    running = _to(copy.deepcopy(model), device, getattr(torch, dtype))
     if compiled:
         running.compile_blocks()
     result = stitchable.calibrate(running, batch_size=batch_size, num_runs=num_runs)
@@ -292,7 +293,6 @@ def _read(*arguments: Any, **options: Any) -> Any:
 
 
 def _load(source: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
-
     return StitchableForImageClassification.from_pretrained(
         str(source), trust_remote_code=trust_remote_code, **arguments
     )
@@ -313,7 +313,6 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
 
 
 def _print_table(model: Any) -> None:
-
     typer.echo(stitch_table(model.stitches, short_names(model.config)))
 
 

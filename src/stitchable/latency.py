@@ -16,7 +16,7 @@ from transformers.utils import logging
 from stitchable.evaluation import evaluation_mode
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.routes import AnchorShape, Stitch
-from stitchable.throughput import describe_device, synchronize
+from stitchable.throughput import describe_device, random_pixel_values, synchronize
 
 
 def calibrate(
@@ -93,7 +93,7 @@ def measure_latencies(
     Rounds go through all of them, so that a slow moment of the machine meets all alike. Each timed call follows one of
     the same stitch, as where a stitch is used again and again.
     """
-    pixel_values = _pixel_values(model, batch_size)
+    pixel_values = random_pixel_values(model, batch_size)
     seconds: dict[int, list[float]] = {stitch_id: [] for stitch_id in stitch_ids}
     with torch.inference_mode(), evaluation_mode(model):
         for _ in logging.tqdm(range(num_runs), desc="measuring stitches", leave=False):
@@ -134,7 +134,7 @@ class _Parts:
     activations: dict[Step, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.pixel_values = _pixel_values(self.model, self.batch_size)
+        self.pixel_values = random_pixel_values(self.model, self.batch_size)
         self.shapes = [AnchorShape.from_dict(anchor) for anchor in self.model.config.anchors]
         self.chains = [self._parts_of_anchor(anchor) for anchor in self.model.chains]
         joints = [joint for stitch in self.model.stitches for joint in stitch.joints]
@@ -311,12 +311,6 @@ class _LiveBytes(TorchDispatchMode):
 
 def _tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _pixel_values(model: StitchablePreTrainedModel, batch_size: int) -> torch.Tensor:
-    shape = (batch_size, model.config.num_channels, *model.config.image_size)
-    # A generator of its own, so that measuring changes no random draw elsewhere.
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
 
 
 def _spread(stitches: Sequence[Stitch], number: int) -> list[Stitch]:

@@ -48,9 +48,7 @@ def measure_throughput(
     ids = [stitch.id for stitch in model.stitches] if stitch_ids is None else list(stitch_ids)
     for stitch_id in ids:
         model.steps(stitch_id)  # raises for an unknown one before anything is run
-    shape = (batch_size, model.config.num_channels, *model.config.image_size)
-    # A generator of its own, so that measuring changes no random draw elsewhere.
-    pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    pixel_values = random_pixel_values(model, batch_size)
     rates = {}
     with evaluation_mode(model):
         for stitch_id in logging.tqdm(ids, desc="measuring throughput", leave=False):
@@ -81,6 +79,13 @@ def _record(
         rate = {"images_per_second": rates[stitch.id]} if stitch.id in rates else {}
         model.record(stitch.id, metrics={**others, **rate})
     model.config.throughput = dict(measured_on)
+
+
+def random_pixel_values(model: StitchablePreTrainedModel, batch_size: int) -> torch.Tensor:
+    """Pixel values (N, C, H, W) to measure with, on the model's device, in its data type."""
+    shape = (batch_size, model.config.num_channels, *model.config.image_size)
+    # A generator of its own, so that measuring changes no random draw elsewhere.
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
 
 
 def describe_device(model: StitchablePreTrainedModel) -> dict[str, Any]:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/digits
 
-.PHONY: demo test test-slow check format benchmark clean
+.PHONY: demo test test-slow test-browser check format benchmark clean
 
 # The main job on embedded data: anchors in, one checkpoint with every stitch trained and measured out.
 demo: $(INSTALLED)
@@ -18,6 +18,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+test-browser: $(INSTALLED)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ echo "this needs chromium and chromedriver; on Debian: apt-get install chromium chromium-driver"; exit 1; }
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -129,7 +129,7 @@ def test_nothing_is_written_over_another_run(tmp_path) -> None:
     model = make("vit")
     processor, card = image_processor(model.config, crop_pct=1.0), Card("tiny", "noise")
     (tmp_path / "other.txt").write_text("mine")
-    with pytest.raises(ValueError, match="already holds another run"):
+    with pytest.raises(ValueError, match="already holds something"):
         save_repository(model, tmp_path, processor, card)
     assert {path.name for path in tmp_path.iterdir()} == {"other.txt"}
     with pytest.raises(ValueError, match="cannot be made"):

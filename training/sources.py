@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
 from recipe import Data
+from stitchable.processing import to_rgb
 
 Images = Dataset | IterableDataset
 
@@ -65,7 +66,8 @@ def decode(row: Mapping[str, Any]) -> PILImage.Image:
         DataError: it cannot be read; says which image that is, and why.
     """
     try:
-        return Image(mode="RGB").decode_example(row["image"])
+        with Image().decode_example(row["image"]) as image:  # an animation keeps its file open
+            return to_rgb(image)
     except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
         raise DataError(f"the image {describe(row)} cannot be read: {error or type(error).__name__}") from error
 

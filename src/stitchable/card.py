@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.model.routes import Stitch, pareto_front
-from stitchable.plots import flops_unit
+from stitchable.plots import flops_unit, route_in_words
 
 CARD = "README.md"
 FIGURE = "accuracy_flops.png"
@@ -207,10 +207,7 @@ def stitch_table(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> str
     unit, divisor = flops_unit(max((stitch.flops or 0 for stitch in stitches), default=0))
     columns: dict[str, list[str]] = {
         "id": [str(stitch.id) for stitch in stitches],
-        "route": [
-            " → ".join(f"{anchor_names[anchor]} {start}–{stop - 1}" for anchor, start, stop in stitch.route)
-            for stitch in stitches
-        ],
+        "route": [route_in_words(stitch, anchor_names) for stitch in stitches],
         unit: [f"{(stitch.flops or 0) / divisor:.3f}" for stitch in stitches],
         "params": [_shown(stitch.params, 1, ",.0f") for stitch in stitches],
         "accuracy": [_shown(stitch.metrics.get("accuracy"), 100, ".2f", " %") for stitch in stitches],

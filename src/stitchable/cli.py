@@ -56,7 +56,7 @@ def command(function: F) -> F:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
 
-    app.command()(run)
+    app.command(function.__name__.strip("_"))(run)
     return function
 
 
@@ -284,6 +284,27 @@ def push(
         create_pr=create_pr,
     )
     typer.echo(info.pr_url or info.commit_url)
+
+
+@command
+def app_(
+    model: Source,
+    images: Annotated[Path | None, typer.Option(help="Folder of images to pick from.")] = None,
+    port: Annotated[int | None, typer.Option(help="Of the page; the first free one from 7860 if left out.")] = None,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show a page to try the model on: upload an image, move a budget, compare two stitches."""
+    try:
+        from stitchable.app import create_page, sample_of
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the page needs {error.name}: pip install 'stitchable[app]'") from error
+    if images is not None and not images.is_dir():
+        raise ValueError(f"there is no folder {images}")
+    pictures = [*sample_of(model), *(sorted(path for path in images.iterdir() if path.is_file()) if images else [])]
+    loaded = _to(_load(model, trust_remote_code), device)
+    title = Path(model).resolve().name if Path(model).is_dir() else model
+    create_page(loaded, processor_of(loaded), title, pictures).launch(server_port=port, footer_links=[])
 
 
 def _read(*arguments: Any, **options: Any) -> Any:

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import importlib
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from stitchable.evaluation import evaluation_mode
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
 from stitchable.model.routes import Stitch, find_stitch
 from stitchable.processing import image_processor
+from stitchable.publishing import check_new_folder
 
 WEIGHTS = "weights.bin"
 ALIGNMENT = 64  # bytes, so that a runtime can map a tensor into memory where it is
@@ -56,22 +59,39 @@ def export_onnx(
     onnx = _import("onnx")
     _import("onnxscript")
     folder = Path(folder)
-    ids = _check(model, folder, stitch_ids)
-    metadata = metadata_of(model, processor)
-    paths: dict[int, Path] = {}
+    ids = [stitch.id for stitch in model.stitches] if stitch_ids is None else list(stitch_ids)
+    for stitch_id in ids:
+        find_stitch(model.stitches, stitch_id)
+    if model.dtype != torch.float32:
+        raise ValueError(f"ONNX is written in float32, the model is in {model.dtype}; model.float() converts it")
+    check_new_folder(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+        _write(onnx, model, ids, Path(unfinished), metadata_of(model, processor), opset)
+        for path in Path(unfinished).iterdir():
+            path.rename(folder / path.name)
+    return {stitch_id: folder / f"stitch-{stitch_id}.onnx" for stitch_id in ids}
+
+
+def _write(
+    onnx: Any,
+    model: StitchableForImageClassification,
+    stitch_ids: Sequence[int],
+    folder: Path,
+    metadata: dict[str, str],
+    opset: int | None,
+) -> None:
     places: dict[bytes, int] = {}
     with (folder / WEIGHTS).open("wb") as weights:
-        for stitch_id in logging.tqdm(ids, desc="exporting", leave=False):
+        for stitch_id in logging.tqdm(stitch_ids, desc="exporting", leave=False):
             stitch = find_stitch(model.stitches, stitch_id)
             graph = _to_onnx(model, stitch, opset)
             for initializer in graph.graph.initializer:
                 _share(onnx, initializer, weights, places)
             for key, value in {**metadata, "stitch": json.dumps(stitch.to_dict())}.items():
                 graph.metadata_props.add(key=key, value=value)
-            paths[stitch_id] = folder / f"stitch-{stitch_id}.onnx"
-            onnx.save(graph, paths[stitch_id])
-            onnx.checker.check_model(paths[stitch_id])
-    return paths
+            path = folder / f"stitch-{stitch_id}.onnx"
+            onnx.save(graph, path)
+            onnx.checker.check_model(path)
 
 
 def export_program(
@@ -196,18 +216,6 @@ def _share(onnx: Any, initializer: Any, weights: Any, places: dict[bytes, int]) 
     initializer.ClearField("raw_data")
 
 
-def _check(model: StitchableForImageClassification, folder: Path, stitch_ids: Sequence[int] | None) -> list[int]:
-    ids = [stitch.id for stitch in model.stitches] if stitch_ids is None else list(stitch_ids)
-    for stitch_id in ids:
-        find_stitch(model.stitches, stitch_id)
-    if model.dtype != torch.float32:
-        raise ValueError(f"ONNX is written in float32, the model is in {model.dtype}; model.float() converts it")
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"{folder} already holds something; choose a new folder, or remove it")
-    return ids
-
-
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -217,7 +225,15 @@ def _import(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings of their own parts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without what the exporters say of their own parts; a failed change of opset would be a traceback in their log."""
+    logs = [getLogger(name) for name in ("onnxscript", "torch.onnx")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

@@ -9,6 +9,7 @@ from datasets import ClassLabel, Image, load_dataset
 from transformers import BaseImageProcessor
 
 from stitchable.model.configuration_stitchable import StitchableConfig
+from stitchable.processing import to_rgb
 
 
 def read_batches(
@@ -88,13 +89,14 @@ def _batches(
     dataset: Any, processor: BaseImageProcessor, columns: list[str], numbers: list[int] | None, batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     image_column, *label_columns = columns
-    decoder = Image(mode="RGB")
+    decoder = Image()
     for first, rows in enumerate(dataset.iter(batch_size=batch_size)):
         images = []
         for place, row in enumerate(rows[image_column]):
             name = (row or {}).get("path") or f"in row {first * batch_size + place}"
             try:
-                images.append(decoder.decode_example(row))
+                with decoder.decode_example(row) as image:  # an animation keeps its file open
+                    images.append(to_rgb(image))
             except Exception as error:  # decoders raise whatever they like
                 raise ValueError(f"the image {name} cannot be read: {error or type(error).__name__}") from error
         batch = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}

@@ -1,6 +1,6 @@
 """Figures of a stitch table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stitchable.model.routes import Stitch, pareto_front
@@ -9,13 +9,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_stitches(stitches: Sequence[Stitch], anchor_names: Sequence[str], metric: str = "accuracy") -> "Figure":
+def plot_stitches(
+    stitches: Sequence[Stitch],
+    anchor_names: Sequence[str],
+    metric: str = "accuracy",
+    marked: Mapping[str, int] | None = None,
+) -> "Figure":
     """The accuracy-FLOPs curve of figure 6 of the paper: one dot per stitch, coloured by its anchors, anchors starred.
 
     Args:
         stitches: measured stitches; those without the metric are left out.
         anchor_names: a short name per anchor, smallest first.
         metric: what to draw, a figure in 0..1.
+        marked: ids of stitches to draw a ring around, by what to write beside it.
 
     Raises:
         ValueError: no stitch was measured.
@@ -54,11 +60,22 @@ def plot_stitches(stitches: Sequence[Stitch], anchor_names: Sequence[str], metri
         zorder=1,
         label="Pareto front",
     )
+    for text, stitch_id in (marked or {}).items():
+        for stitch in measured:
+            if stitch.id == stitch_id:
+                place = (stitch.flops or 0) / divisor, 100 * stitch.metrics[metric]
+                axes.scatter(*place, s=320, facecolors="none", edgecolors="black", linewidths=1.8, zorder=4)
+                axes.annotate(text, place, xytext=(-15, 9), textcoords="offset points", weight="bold", size="large")
     axes.set_xlabel(f"{unit} per image (multiply-adds plus normalisation terms)")
     axes.set_ylabel(f"{metric} (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure
+
+
+def route_in_words(stitch: Stitch, anchor_names: Sequence[str]) -> str:
+    """The blocks of each segment, first to last."""
+    return " → ".join(f"{anchor_names[anchor]} {start}–{stop - 1}" for anchor, start, stop in stitch.route)
 
 
 def flops_unit(largest: float) -> tuple[str, float]:

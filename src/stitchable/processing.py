@@ -1,8 +1,10 @@
-"""The image processor of a model: timm's evaluation transform in the words of transformers."""
+"""From an image to pixel values: timm's evaluation transform in the words of transformers."""
 
 import math
 
+import numpy as np
 import timm
+from PIL import Image
 from timm.data.transforms import str_to_pil_interp
 from transformers import BitImageProcessor
 
@@ -39,3 +41,18 @@ def image_processor(
         image_std=config.image_std,
         do_convert_rgb=True,
     )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any kind with 8 bits of red, green and blue.
+
+    Of 16 bits of grey the upper eight are kept; `Image.convert` alone turns all that is brighter than 255 white.
+
+    Raises:
+        ValueError: floating-point pixels, of which nobody knows what is white.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, which have no known white")
+    if image.mode.startswith("I"):  # Pillow's "I" has 32 bits, and holds 16-bit files of some formats
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype("uint8"))
+    return image.convert("RGB")

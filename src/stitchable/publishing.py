@@ -215,14 +215,14 @@ def check_new_folder(folder: Path) -> None:
     """Refuse a folder that holds something, and make sure that one can be written.
 
     Raises:
-        ValueError: it holds another run, is a file, or cannot be made.
+        ValueError: it holds something, is a file, or cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder {folder} cannot be made: {error.strerror}") from None
     if any(folder.iterdir()):
-        raise ValueError(f"{folder} already holds another run; choose a new folder, or remove it")
+        raise ValueError(f"{folder} already holds something; choose a new folder, or remove it")
 
 
 def _check_checkpoint(folder: Path) -> None:

@@ -1,0 +1,95 @@
+"""Images of every odd kind, through the reading of the command line, the pipeline of transformers, and the page."""
+
+import shutil
+from pathlib import Path
+
+import datasets
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import pipeline
+
+from families import make
+from odd_images import broken, picture, readable
+from sources import DataError, decode
+from stitchable.app import read_picture
+from stitchable.images import read_batches
+from stitchable.processing import image_processor, to_rgb
+
+KINDS = ("grey", "black-and-white", "palette", "rgba", "16-bit", "16-bit-tiff", "animated", "1x1", "turned")
+BROKEN = ("truncated", "text", "empty")
+# datasets and transformers leave the file of a broken or animated image to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def in_a_folder(path: Path) -> Path:
+    folder = path.with_suffix("")
+    folder.mkdir()
+    shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_reader_sees_the_same_picture(kind, tmp_path) -> None:
+    path, shown = readable(tmp_path)[kind]
+    wanted = np.asarray(shown)
+    assert np.array_equal(np.asarray(read_picture(path)), wanted)
+    assert np.array_equal(np.asarray(decode({"image": {"bytes": path.read_bytes(), "path": None}})), wanted)
+    processor = image_processor(make("vit").config, crop_pct=1.0)
+    (batch,) = read_batches(str(in_a_folder(path)), processor)
+    assert torch.equal(batch["pixel_values"], processor(images=shown, return_tensors="pt")["pixel_values"])
+
+
+# transformers clips 16 bits of grey, as the README says.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("16-bit")])
+def test_the_pipeline_takes_every_kind(kind, tmp_path) -> None:
+    model = make("vit")
+    processor = image_processor(model.config, crop_pct=1.0)
+    classify = pipeline("image-classification", model=model, image_processor=processor)
+    path, shown = readable(tmp_path)[kind]
+    scores = {entry["label"]: entry["score"] for entry in classify(str(path))}
+    with torch.inference_mode():
+        logits = model(processor(images=shown, return_tensors="pt")["pixel_values"]).logits[0]
+    wanted = {model.config.id2label[number]: score for number, score in enumerate(logits.softmax(-1).tolist())}
+    assert scores == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_image_is_named_by_every_reader(kind, tmp_path) -> None:
+    path = broken(tmp_path)[kind]
+    with pytest.raises(gr.Error, match="This image cannot be read: "):
+        read_picture(path)
+    with pytest.raises(DataError, match=f"the image {path} cannot be read: "):
+        decode({"image": {"bytes": None, "path": str(path)}})
+    processor = image_processor(make("vit").config, crop_pct=1.0)
+    with pytest.raises(ValueError, match=rf"the image .*{kind}\.png cannot be read: "):
+        list(read_batches(str(in_a_folder(path)), processor))
+    classify = pipeline("image-classification", model=make("vit"), image_processor=processor)
+    with pytest.raises(OSError, match=r"image file is truncated|cannot identify image file"):
+        classify(str(path))
+
+
+def test_floating_point_pixels_are_refused(tmp_path) -> None:
+    path = broken(tmp_path)["float"]
+    with pytest.raises(ValueError, match="have no known white"):
+        to_rgb(ImageFeature().decode_example({"bytes": None, "path": str(path)}))
+    with pytest.raises(gr.Error, match="have no known white"):
+        read_picture(path)
+
+
+def test_more_than_sixteen_bits_are_clipped_not_wrapped() -> None:
+    grey = picture().convert("L")
+    high = np.asarray(grey).astype("int32") * 257
+    high[0, 0] = 1 << 20
+    shown = np.asarray(to_rgb(Image.fromarray(high)))
+    assert shown[0, 0].tolist() == [255, 255, 255]
+    assert np.array_equal(shown[1:], np.asarray(grey.convert("RGB"))[1:])

@@ -19,7 +19,7 @@ from loop import Loop, Phase, PhaseState, Stitches, Training, freeze
 from losses import StitchLoss, load_teacher
 from optimization import make_optimizer, make_scheduler, parameter_groups
 from plan import check_plan, make_model
-from recipe import Recipe, load_recipe
+from recipe import Data, Recipe, load_recipe
 from sampling import StitchSampler
 from stitchable import StitchableForImageClassification
 from stitchable.model.routes import find_stitch
@@ -385,6 +385,20 @@ def test_files_of_a_data_set_are_given_on_the_command_line() -> None:
     data = load_recipe(FOLDER / "cifar10.yaml", overrides).data
     assert data.files == {"train": "a/train-*.parquet", "test": ["b.parquet", "c.parquet"]}
     assert load_recipe(DEIT, ["data.dataset=imagefolder", "data.files=PATH"]).data.files == "PATH"
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"dataset": "uoft-cs/cifar10"}, "uoft-cs/cifar10"),
+        ({"dataset": "parquet", "files": {"train": "a/b/*", "test": ["data/cifar10/test-*.parquet"]}}, "cifar10"),
+        ({"dataset": "parquet", "files": {"val": "data/flowers/val.parquet"}, "test_split": "val[:9]"}, "flowers"),
+        ({"dataset": "imagefolder", "files": "data/pets/"}, "pets"),
+        ({"dataset": "imagefolder", "files": "."}, "imagefolder"),
+    ],
+)
+def test_images_are_called_after_their_data_set_or_folder(settings: dict, name: str) -> None:
+    assert Data(**settings).name == name
 
 
 def test_a_recipe_takes_from_its_base_what_it_does_not_say(tmp_path) -> None:

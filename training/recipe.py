@@ -1,6 +1,7 @@
 """A recipe: everything that makes a run, as one YAML file, checked before anything is downloaded or built."""
 
 import difflib
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -58,6 +59,16 @@ class Data(_Section):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call the test images: the data set, or the folder where files of one's own are."""
+        if isinstance(self.files, dict):
+            given = self.files.get(re.split(r"[\[:]", self.test_split)[0], "")
+            folder = Path(given if isinstance(given, str) else given[0]).parent
+        else:
+            folder = Path(self.files or "")
+        return folder.name or self.dataset
 
     @model_validator(mode="after")
     def _check(self) -> "Data":

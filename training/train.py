@@ -279,8 +279,8 @@ class _Run:
         self.say(f"6/6 saving {output}")
         card = Card(
             name=recipe.name,
-            dataset=recipe.data.dataset,
-            split="test",
+            dataset=recipe.data.name,
+            split=recipe.data.test_split,
             license=recipe.license,
             recipe=yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False),
             accuracy_before={anchor: metrics["accuracy"] for anchor, metrics in self.results["before"].items()},

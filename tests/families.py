@@ -1,12 +1,13 @@
 """Tiny families of every supported kind, with random weights in every parameter and buffer."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from stitchable import StitchableForImageClassification
+from stitchable import StitchableConfig, StitchableForImageClassification
 
 NUM_LABELS = 5
 
@@ -77,8 +78,13 @@ def make(name: str, seed: int = 0, **settings: Any) -> StitchableForImageClassif
     settings = {"image_size": family.image_size, "num_labels": NUM_LABELS, **family.space, **settings}
     # Families of one's own making need no agreement on the pixels' normalisation.
     settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    model = StitchableForImageClassification.from_anchors(family.anchors, pretrained=False, **settings)
-    return randomise(model, seed).eval()
+    key = name, repr(sorted(settings.items()))
+    if key not in _configs:  # most of the time of making a tiny model goes into its config
+        _configs[key] = StitchableConfig.from_anchors(family.anchors, pretrained=False, **settings)
+    return randomise(StitchableForImageClassification(copy.deepcopy(_configs[key])), seed).eval()
+
+
+_configs: dict[tuple[str, str], StitchableConfig] = {}
 
 
 def images(name: str, number: int = 2, seed: int = 1) -> torch.Tensor:

@@ -6,6 +6,7 @@ parameter names and their arithmetic stay timm's. A `Chain` is that description 
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -21,6 +22,7 @@ from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Layout(str, Enum):
@@ -148,10 +150,23 @@ def create_timm_model(
             f"timm {timm.__version__} has no model {architecture!r}"
             + (f"; the nearest are {', '.join(near)}" if near else "; timm.list_models() lists them all")
         )
+    # Most of the time of building a model on the meta device would go into initialising what has no values.
+    without_values = _NoValues() if torch.get_default_device().type == "meta" else nullcontext()
     try:
-        return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **(kwargs or {}))
+        with without_values:
+            return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **(kwargs or {}))
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"timm cannot make {architecture!r} with {dict(kwargs or {})}: {error}") from error
+
+
+class _NoValues(TorchDispatchMode):
+    """Leave out operations that only change the values of a meta tensor, which has none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        changes_values = func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags
+        if changes_values and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

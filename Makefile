@@ -39,6 +39,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/partial_loading.py
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/export.py
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from crop_anchor import crop_anchor
-from recipe import load_recipe
+from own_statistics import own_statistics
+from recipe import Recipe, load_recipe
 from stitchable import StitchableForImageClassification
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,7 @@ class Study:
         variants: name -> overrides. Those of `from_scratch` begin with random weights instead of the anchors'.
         from_scratch: names of variants that are networks trained alone, or anchors without pretraining.
         cropped: name of variant -> the anchor of which blocks are left out afterwards (appendix H).
+        own_statistics: names of variants that are measured again with batch norms' statistics of each stitch alone.
         pretrains: whether the recipe trains its anchors; then that is done once per seed and shared.
         seeds: how many.
     """
@@ -51,6 +53,7 @@ class Study:
     variants: dict[str, list[str]]
     from_scratch: tuple[str, ...] = ()
     cropped: dict[str, int] = field(default_factory=dict)
+    own_statistics: tuple[str, ...] = ()
     pretrains: bool = True
     seeds: int = 3
 
@@ -106,6 +109,7 @@ STUDIES = {
             **alone(40, [19, 24], ["training.anchor_learning_rate_scale=1"]),
         },
         from_scratch=("alone-19", "alone-24"),
+        own_statistics=("base", "slow-to-fast"),
     ),
     "cifar10_resnets": Study(
         "examples/cifar10_resnets/recipe.yaml",
@@ -175,13 +179,14 @@ class Runner:
         anchors_folder = str(self.folder / f"anchors-{seed}")
         own = [override.replace("{anchors}", anchors_folder) for override in self.study.variants[name]]
         command = self.train([*settings, *own], output)
-        crops = self.crop(self.study.cropped[name], output) if name in self.study.cropped else {}
+        more = self.crop(self.study.cropped[name], output) if name in self.study.cropped else {}
+        more |= self.measure_own_statistics(output) if name in self.study.own_statistics else {}
         with self.lock:
             self.results["runs"].setdefault(name, {})[str(seed)] = {
                 "command": command,
                 **json.loads(Path(f"{output}.provenance.json").read_text()),
                 **read_results(output),
-                **crops,
+                **more,
             }
             runs = self.results["runs"]
             self.results["runs"] = {name: runs[name] for name in self.study.variants if name in runs}
@@ -190,8 +195,16 @@ class Runner:
 
     def crop(self, anchor: int, output: Path) -> dict[str, Any]:
         """FLOPs and accuracy of an anchor with some of its blocks left out."""
-        recipe = load_recipe(ROOT / self.study.recipe, [*self.overrides, *self.study.settings])
-        return {"crops": [asdict(crop) for crop in crop_anchor(output, recipe, anchor)]}
+        return {"crops": [asdict(crop) for crop in crop_anchor(output, self.recipe(), anchor)]}
+
+    def measure_own_statistics(self, output: Path) -> dict[str, Any]:
+        """Accuracies with batch norms' statistics of each stitch alone, by its id."""
+        _, own = own_statistics(output, self.recipe())
+        return {"own_statistics": {str(stitch_id): round(accuracy, 6) for stitch_id, accuracy in own.items()}}
+
+    def recipe(self) -> Recipe:
+        """With the settings of every run."""
+        return load_recipe(ROOT / self.study.recipe, [*self.overrides, *self.study.settings])
 
     def train(self, overrides: list[str], output: Path) -> str:
         """One `train.py`, its output in a log beside it, going on where an interrupted one was; returns the command."""

@@ -197,6 +197,26 @@ def _crops(runs: dict[str, dict[str, Run]]) -> str:
     return _table(["variant", "blocks left out", "MFLOPs", "accuracy", "best stitch of base that costs no more"], rows)
 
 
+def _statistics(runs: dict[str, dict[str, Run]]) -> str:
+    """Means over anchors and pairs, with batch norms' statistics of all stitches and of each alone."""
+    rows = []
+    for name, seeds in runs.items():
+        if "own_statistics" not in next(iter(seeds.values())):
+            continue
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for i, entry in _entries(seeds).items():
+            groups.setdefault(tuple(sorted(pair_of(entry["route"]))), []).append(i)
+        for group, members in sorted(groups.items(), key=lambda item: (len(item[0]), item[0])):
+            row = [name, "-".join(map(str, group)) + (" (anchor)" if len(group) == 1 else "")]
+            for stage in ("before", "trained", "own_statistics"):
+                known = all(i in run[stage] for run in seeds.values() for i in members)
+                means = [statistics.mean(run[stage][i] for i in members) for run in seeds.values()] if known else []
+                row.append(_percent(means) if known else "")
+            rows.append(row)
+    head = ["variant", "stitches of", "before the joint training", "after", "with statistics of their own"]
+    return _table(head, rows)
+
+
 def _is_compared(name: str) -> bool:
     """Whether a variant trains all stitches, so that it stands beside the base."""
     return not name.startswith("alone-") and name != "drop-path"
@@ -213,6 +233,7 @@ TABLES = {
     "nearest": _nearest,
     "alone": _alone,
     "crops": _crops,
+    "statistics": _statistics,
 }
 """What a mark of the page can ask for."""
 

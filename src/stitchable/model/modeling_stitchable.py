@@ -228,11 +228,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             ValueError: not an id of this model.
         """
         stitch = self._find(stitch_id)
-        config: StitchableConfig = copy.deepcopy(self.config)
-        others = [entry["id"] for entry in config.stitches if entry["id"] != stitch.id]
-        config.left_out = sorted({*config.left_out, *others})
-        config.stitches = [entry for entry in config.stitches if entry["id"] == stitch.id]
-        config.stitch_id = stitch.id
+        config = type(self.config).from_dict(self.config.to_dict(), stitch_id=stitch.id)
         with torch.device("meta"):
             extracted = type(self)(config)
         for name, module in extracted.named_modules():

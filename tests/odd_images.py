@@ -45,11 +45,12 @@ def readable(folder: Path) -> dict[str, tuple[Path, Image.Image]]:
 
 
 def broken(folder: Path) -> dict[str, Path]:
-    """By kind: a file that cannot be read as an image."""
+    """By kind: a file that cannot be read as an image, or (line) is none to classify."""
     whole = folder / "whole.png"
     Image.effect_noise((64, 64), 80).save(whole)
     contents = {"truncated": whole.read_bytes()[:1500], "text": b"This is no image.", "empty": b""}
     for kind, content in contents.items():
         (folder / f"{kind}.png").write_bytes(content)
     Image.fromarray(np.random.default_rng(0).random((8, 8), dtype="float32")).save(folder / "float.tiff")
-    return {**{kind: folder / f"{kind}.png" for kind in contents}, "float": folder / "float.tiff"}
+    Image.new("L", (20_000, 1)).save(folder / "line.png")  # of a hundred bytes
+    return {**{kind: folder / f"{kind}.png" for kind in (*contents, "line")}, "float": folder / "float.tiff"}

@@ -1,230 +1,84 @@
-"""The page of `stitchable app` in a real browser, and its file as a Space of its own."""
+"""What the page of `stitchable app` is made of, without a browser; tests/test_browser.py has the page in one."""
 
-import os
-import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
+import gc
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
-from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webdriver import WebDriver
-from selenium.webdriver.support.ui import WebDriverWait
+import torch
 
-import stitchable.app
 from families import make
-from odd_images import broken, picture, readable
-from stitchable import StitchableForImageClassification
-from stitchable.app import classify, read_picture
-from stitchable.card import Card
+from odd_images import broken, picture
+from stitchable.app import class_names, classify, create_page, describe, pictures_of, read_picture
+from stitchable.card import SAMPLE, Card
 from stitchable.processing import image_processor
-from stitchable.publishing import processor_of, save_repository
+from stitchable.publishing import save_repository
 
-pytestmark = pytest.mark.browser
-SECONDS = 60
-
-
-@contextmanager
-def serve(command: list[str], cwd: Path, **variables: str) -> Iterator[str]:
-    """The address of a page that a command serves on the loopback interface."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(cwd / "uploads"), **variables}
-    with (cwd / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}/"
-    try:
-        for _ in range(SECONDS):
-            assert process.poll() is None, (cwd / "log").read_text()
-            try:
-                urlopen(address, timeout=5).close()
-                break
-            except OSError:
-                time.sleep(1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(SECONDS)
-    assert "Traceback" not in (cwd / "log").read_text()
+# gradio leaves event loops to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-class Page:
-    """What a visitor does and reads."""
-
-    def __init__(self, driver: WebDriver, address: str) -> None:
-        self.driver = driver
-        driver.get(address)
-
-    def find(self, selector: str):
-        return WebDriverWait(self.driver, SECONDS).until(lambda driver: driver.find_element(By.CSS_SELECTOR, selector))
-
-    def wait_for(self, selector: str, pattern: str) -> str:
-        """The text of an element as soon as it matches."""
-        seen = ""
-
-        def matches(driver: WebDriver) -> bool:
-            nonlocal seen
-            elements = driver.find_elements(By.CSS_SELECTOR, selector)
-            seen = "\n".join(element.text for element in elements)
-            return re.search(pattern, seen) is not None
-
-        wait = WebDriverWait(self.driver, SECONDS, ignored_exceptions=[StaleElementReferenceException])
-        wait.until(matches, f"{selector} never showed {pattern!r}, at last {seen!r}")
-        return seen
-
-    def upload(self, path: Path) -> None:
-        """Put an image in the place of the one that is shown."""
-        self.find("#picture button[aria-label='Remove Image']").click()
-        WebDriverWait(self.driver, SECONDS).until(lambda _: "%" not in self.find("#scores-A").text)
-        self.find("#picture input[type=file]").send_keys(str(path))
-
-    def scores(self, side: str) -> list[tuple[str, str]]:
-        """Classes and percentages, the best first."""
-        lines = self.wait_for(f"#scores-{side}", r"%").splitlines()
-        return re.findall(r"(class \d)\n(\d+%)", "\n".join(lines[2:]))
+@pytest.fixture(autouse=True)
+def _forget_pages() -> Iterator[None]:
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[WebDriver]:
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
-        options.add_argument(argument)
-    options.add_argument("--window-size=1200,1300")
-    options.binary_location = shutil.which("chromium") or "chromium"
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver") or "chromedriver"))
-    yield driver
-    driver.quit()
+def page_of(model) -> str:
+    """All that the page says at the start."""
+    return str(create_page(model, image_processor(model.config, crop_pct=1.0), "tiny").get_config_file())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A checkpoint of nine stitches, of which larger ones are noted as better."""
-    model = make("vit", id2label={i: f"class {i}" for i in range(5)})
+def test_scores_are_those_of_the_stitch_and_no_class_is_lost() -> None:
+    names = {0: "cat", 1: "crane", 2: "dog", 3: "crane", 4: "owl"}
+    model = make("vit", id2label=names)
+    assert class_names(model.config) == ["cat", "crane (1)", "dog", "crane (3)", "owl"]
+    processor = image_processor(model.config, crop_pct=1.0)
+    scores, seconds = classify(model, processor, picture(), 5)
+    pixel_values = processor(images=picture(), return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        expected = model(pixel_values, stitch_id=5).logits[0].softmax(-1)
+    assert list(scores.values()) == pytest.approx(expected.tolist())
+    assert 0 < seconds < 10
+
+
+def test_a_line_of_pixels_is_refused_before_it_is_resized(tmp_path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: one side is more than 50 times the other"):
+        read_picture(broken(tmp_path)["line"])
+
+
+@pytest.mark.parametrize("kept", [list(range(9)), [4]])
+def test_a_page_needs_no_measured_accuracy_and_no_second_stitch(kept: list[int]) -> None:
+    model = make("vit") if len(kept) > 1 else make("vit").extract(kept[0])
+    text = page_of(model)
+    assert "No stitch has a measured accuracy" in text
+    assert f"One checkpoint that is {len(kept)} networks" in text
     for stitch in model.stitches:
-        model.record(stitch.id, metrics={"accuracy": round((stitch.flops or 0) / 1e6, 4)})
-    path = tmp_path_factory.mktemp("page") / "tiny"
-    save_repository(model, path, image_processor(model.config, crop_pct=1.0), Card("tiny", "noise"))
-    return path
+        assert f"{stitch.id}: vit-8" in text or f"{stitch.id}: vit-12" in text
+        model.record(stitch.id, metrics={"accuracy": 0.5})
+    assert "No stitch has a measured accuracy" not in page_of(model)
 
 
-@pytest.fixture(scope="module")
-def address(folder, tmp_path_factory) -> Iterator[str]:
-    cwd = tmp_path_factory.mktemp("served")
-    with serve([sys.executable, "-m", "stitchable.cli", "app", str(folder)], cwd) as address:
-        yield address
+def test_unknown_figures_are_left_out() -> None:
+    model = make("vit")
+    model.record(4, flops=None, params=None)
+    assert describe(model.stitches[4], ["a", "b"], "kFLOPs", 1e3) == "**Stitch 4**: a 0–1 → b 0–2\n\n"
+    for stitch in model.stitches:
+        model.record(stitch.id, flops=None)
+    with pytest.raises(ValueError, match=r"stitchable\.update_costs\(model\) counts them"):
+        page_of(model)
 
 
-@pytest.fixture
-def page(browser, address) -> Page:
-    page = Page(browser, address)
-    page.wait_for("#facts-A", r"Stitch 0:[^$]*ms here")  # of the sample that the checkpoint brings
-    return page
-
-
-def expected(folder: Path, path: Path, stitch_id: int) -> list[tuple[str, str]]:
-    model = StitchableForImageClassification.from_pretrained(folder)
-    scores, _ = classify(model.eval(), processor_of(model), read_picture(path), stitch_id)
-    best = sorted(scores.items(), key=lambda item: -item[1])
-    return [(name, f"{round(100 * score)}%") for name, score in best]
-
-
-def test_an_image_is_classified_by_two_stitches_side_by_side(page, folder, tmp_path) -> None:
-    picture().save(tmp_path / "picture.png")
-    page.upload(tmp_path / "picture.png")
-    for side, stitch_id in (("A", 0), ("B", 4)):  # the cheapest and the most accurate
-        facts = page.wait_for(f"#facts-{side}", r"\d\.\d\d ms here")
-        assert f"Stitch {stitch_id}:" in facts
-        assert page.scores(side) == expected(folder, tmp_path / "picture.png", stitch_id)
-
-
-def test_the_slider_moves_the_stitch_its_answer_and_its_mark_on_the_curve(page, folder, tmp_path) -> None:
-    model = StitchableForImageClassification.from_pretrained(folder)
-    picture().save(tmp_path / "picture.png")
-    page.upload(tmp_path / "picture.png")
-    page.wait_for("#facts-A", r"Stitch 0:[^$]*ms here")
-    curve = page.find("#curve img").get_attribute("src")
-    slider = page.find("#budget-A input[type=range]")
-    slider.send_keys(Keys.END)
-    page.wait_for("#facts-A", r"Stitch 4:[^$]*ms here")
-    assert page.scores("A") == expected(folder, tmp_path / "picture.png", 4)
-    WebDriverWait(page.driver, SECONDS).until(lambda _: page.find("#curve img").get_attribute("src") != curve)
-    budget = page.find("#budget-A input[type=number]")
-    budget.clear()
-    middle = sorted(stitch.flops for stitch in model.stitches)[4]
-    budget.send_keys(f"{middle / 1e3 + 0.001:.3f}", Keys.TAB)  # in kFLOPs
-    wanted = model.for_budget(flops=middle)
-    facts = page.wait_for("#facts-A", rf"Stitch {wanted.id}:[^$]*ms here")
-    assert f"{wanted.flops / 1e3:.3f} kFLOPs, {wanted.params:,} parameters, accuracy" in facts
-
-
-def test_any_stitch_can_be_chosen_and_a_picture_picked(page, folder) -> None:
-    box = page.find("#stitch-B input")
-    box.click()
-    page.find("ul[role=listbox] li[aria-label^='5:']").click()
-    page.wait_for("#facts-B", "Stitch 5:")
-    page.find(".gallery-item, .gallery button").click()
-    page.wait_for("#facts-B", r"Stitch 5:[^$]*ms here")
-    assert page.scores("B") == expected(folder, folder / "sample.png", 5)
-
-
-def test_odd_images_are_answered(page, folder, tmp_path) -> None:
-    for path, _ in readable(tmp_path).values():
-        if path.suffix == ".tiff":  # which no browser shows
-            continue
-        wanted = expected(folder, path, 0)
-        page.upload(path)
-        WebDriverWait(page.driver, SECONDS).until(
-            lambda _, wanted=wanted: page.scores("A") == wanted, f"{path.name} is not answered as {wanted}"
-        )
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"), [("truncated", "cannot be read"), ("text", "not an image"), ("empty", "")]
-)
-def test_a_broken_image_gets_a_message_and_the_page_goes_on(kind, message, page, folder, tmp_path) -> None:
-    page.upload(broken(tmp_path)[kind])
-    said = page.wait_for("[data-testid=toast-body]", message)
-    assert "Traceback" not in said
-    assert str(tmp_path) not in said
-    picture().save(tmp_path / "picture.png")
-    page.find("#picture input[type=file]").send_keys(str(tmp_path / "picture.png"))
-    WebDriverWait(page.driver, SECONDS).until(
-        lambda _: page.scores("A") == expected(folder, tmp_path / "picture.png", 0)
-    )
-
-
-def test_the_file_alone_is_a_space(browser, folder, tmp_path) -> None:
-    shutil.copy(stitchable.app.__file__, tmp_path / "app.py")
-    (tmp_path / "images").mkdir()
-    picture().save(tmp_path / "images" / "ramp.png")
-    with serve([sys.executable, "app.py"], tmp_path, STITCHABLE_MODEL=str(folder)) as address:
-        page = Page(browser, address)
-        page.wait_for("#facts-B", "Stitch 4:")
-        assert len(browser.find_elements(By.CSS_SELECTOR, ".gallery-item, .gallery button")) == 2
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("", "the variable STITCHABLE_MODEL must be the id of a stitchable model"),
-        ("/no/such/folder", "/no/such/folder"),
-        ("someone/absent", "someone/absent"),
-    ],
-)
-def test_a_space_without_a_model_says_so(model, message, browser, tmp_path) -> None:
-    shutil.copy(stitchable.app.__file__, tmp_path / "app.py")
-    with serve([sys.executable, "app.py"], tmp_path, STITCHABLE_MODEL=model) as address:
-        said = Page(browser, address).wait_for("#message", "No model")
-    assert message in said
-    assert "Traceback" not in said
+def test_pictures_are_the_users_and_then_the_checkpoints(tmp_path) -> None:
+    model = make("vit")
+    assert pictures_of(model, None) == []
+    save_repository(model, tmp_path / "model", image_processor(model.config), Card("tiny"))
+    model.name_or_path = str(tmp_path / "model")
+    images = tmp_path / "images"
+    (images / "folder").mkdir(parents=True)
+    for name in ("b.png", "a.JPG", ".hidden.png", "notes.txt"):
+        (images / name).touch()
+    assert [Path(path).name for path in pictures_of(model, images)] == ["a.JPG", "b.png", SAMPLE]

@@ -29,10 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="of a finished run")
     parser.add_argument("--recipe", required=True, help="of that run")
+    parser.add_argument("--num-samples", type=int, default=2000, help="training images that the statistics are of")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values to change in the recipe")
     given = parser.parse_intermixed_args()
     try:
-        shared, own = own_statistics(given.folder, load_recipe(given.recipe, given.overrides))
+        shared, own = own_statistics(given.folder, load_recipe(given.recipe, given.overrides), given.num_samples)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("| stitch | top-1 with shared statistics | with its own |\n|---:|---:|---:|")

@@ -296,15 +296,14 @@ def app_(
 ) -> None:
     """Show a page to try the model on: upload an image, move a budget, compare two stitches."""
     try:
-        from stitchable.app import create_page, sample_of
+        from stitchable.app import create_page, launch, pictures_of
     except ModuleNotFoundError as error:
         raise ImportError(f"the page needs {error.name}: pip install 'stitchable[app]'") from error
     if images is not None and not images.is_dir():
         raise ValueError(f"there is no folder {images}")
-    pictures = [*sample_of(model), *(sorted(path for path in images.iterdir() if path.is_file()) if images else [])]
     loaded = _to(_load(model, trust_remote_code), device)
     title = Path(model).resolve().name if Path(model).is_dir() else model
-    create_page(loaded, processor_of(loaded), title, pictures).launch(server_port=port, footer_links=[])
+    launch(create_page(loaded, processor_of(loaded), title, pictures_of(loaded, images)), port)
 
 
 def _read(*arguments: Any, **options: Any) -> Any:

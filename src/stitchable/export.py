@@ -65,7 +65,7 @@ def export_onnx(
     if model.dtype != torch.float32:
         raise ValueError(f"ONNX is written in float32, the model is in {model.dtype}; model.float() converts it")
     check_new_folder(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         _write(onnx, model, ids, Path(unfinished), metadata_of(model, processor), opset)
         for path in Path(unfinished).iterdir():
             path.rename(folder / path.name)

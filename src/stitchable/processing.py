@@ -46,7 +46,8 @@ def image_processor(
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any kind with 8 bits of red, green and blue.
 
-    Of 16 bits of grey the upper eight are kept; `Image.convert` alone turns all that is brighter than 255 white.
+    Of 16 bits of grey the upper eight are kept; `Image.convert` alone turns all that is brighter than 255 white. What
+    lies below transparent pixels shows, as in the pipeline of transformers.
 
     Raises:
         ValueError: floating-point pixels, of which nobody knows what is white.

@@ -257,16 +257,21 @@ def processor_of(model: StitchablePreTrainedModel) -> BaseImageProcessor:
     Raises:
         ValueError: that checkpoint is no longer there.
     """
-    path = _file_of(model, "preprocessor_config.json")
+    path = file_of(model, "preprocessor_config.json")
     return AutoImageProcessor.from_pretrained(Path(path).parent) if path else image_processor(model.config)
 
 
 def _sample_of(model: StitchablePreTrainedModel) -> Image.Image | None:
-    path = _file_of(model, SAMPLE)
+    path = file_of(model, SAMPLE)
     return Image.open(path) if path else None
 
 
-def _file_of(model: StitchablePreTrainedModel, name: str) -> str | None:
+def file_of(model: StitchablePreTrainedModel, name: str) -> str | None:
+    """A file of the checkpoint that a model was loaded from, if it has one of this name.
+
+    Raises:
+        ValueError: that checkpoint is no longer there.
+    """
     if not model.name_or_path:
         return None
     try:

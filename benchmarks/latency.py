@@ -2,9 +2,9 @@
 
     python benchmarks/latency.py
 
-Every stitch is measured as well, which is what the calibration saves. Short calibrations and measurements take turns, and
-medians over the turns are compared: a shared machine may be a fifth faster in one second than in the next, which is no
-error of the sum. What it adds to a single turn is in the result too.
+Every stitch is measured as well, which is what the calibration saves. Short calibrations and measurements take turns,
+and medians over the turns are compared: a shared machine may be a fifth faster in one second than in the next, which is
+no error of the sum. What it adds to a single turn is in the result too.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -179,8 +180,11 @@ def test_export_writes_graphs_or_a_program(folder, tmp_path) -> None:
         (["export", "{folder}", "{folder}"], "already holds something"),
         (["export", "{folder}", "{new}/x.pt2"], "a program holds one stitch: give [-]-stitches ID"),
         (["push", "{empty}", "someone/tiny"], "is no checkpoint of a stitchable model"),
+        (["push", "{other_table}", "someone/tiny"], "stitches.json is not the table of the stitches in .*config.json"),
         (["push", "{folder}", "not a name"], "Repo id must use alphanumeric"),
         (["push", "{folder}", "someone/tiny"], "offline"),
+        (["app", "{empty}"], "has no config.json of a stitchable model"),
+        (["app", "{folder}", "--images", "{new}"], "there is no folder .*new"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, folder, pictures, tmp_path) -> None:
@@ -194,7 +198,12 @@ def test_a_mistake_is_one_line(arguments, message, folder, pictures, tmp_path) -
         (tmp_path / "splits" / split / "class 1").mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(tmp_path / "splits" / split / "class 1" / "1.png")
     (tmp_path / "empty").mkdir()
-    places = {name: tmp_path / name for name in ("empty", "new", "pictures", "strangers", "broken", "splits")}
+    shutil.copytree(folder, tmp_path / "other_table")
+    table = (folder / "stitches.json").read_text()
+    (tmp_path / "other_table" / "stitches.json").write_text(table.replace('"flops": ', '"flops": 1'))
+    places = {
+        name: tmp_path / name for name in ("empty", "new", "pictures", "strangers", "broken", "splits", "other_table")
+    }
     result = run(*(argument.format(folder=folder, **places) for argument in arguments), fails=True)
     assert re.search(message, result.stderr), result.stderr
     assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())

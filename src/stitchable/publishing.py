@@ -183,7 +183,7 @@ def push_folder(
         tags: to be added to the card.
 
     Raises:
-        ValueError: the folder is no checkpoint of a stitchable model.
+        ValueError: the folder is no checkpoint of a stitchable model, or its stitch table is not that of its config.
         huggingface_hub.errors.HfHubHTTPError: what the Hub refuses, a missing token among it.
     """
     folder = Path(folder)
@@ -226,12 +226,24 @@ def check_new_folder(folder: Path) -> None:
 
 
 def _check_checkpoint(folder: Path) -> None:
-    try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        model_type = None
-    if model_type != StitchableConfig.model_type:
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") != StitchableConfig.model_type:
         raise ValueError(f"{folder} is no checkpoint of a stitchable model: it has no config.json that says so")
+    table = folder / STITCH_TABLE
+    if table.exists() and _read_json(table).get("stitches") != config.get("stitches"):
+        raise ValueError(
+            f"{table} is not the table of the stitches in {folder / 'config.json'}, from which models are loaded; "
+            "remove it, or let stitchable eval or calibrate write both anew"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def _link(source: str, target: str) -> None:

@@ -238,7 +238,8 @@ def main() -> None:
             raise ValueError("the variable STITCHABLE_MODEL must be the id of a stitchable model")
         # Whoever set the variable chose the model with its code.
         model: Any = StitchableForImageClassification.from_pretrained(source, trust_remote_code=True)
-        model.to(torch.accelerator.current_accelerator() or "cpu")
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
         pictures = pictures_of(model, images if images.is_dir() else None)
         page = create_page(model, processor_of(model), source, pictures)
     except (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError) as error:

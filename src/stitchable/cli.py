@@ -290,7 +290,9 @@ def push(
 def app_(
     model: Source,
     images: Annotated[Path | None, typer.Option(help="Folder of images to pick from.")] = None,
-    port: Annotated[int | None, typer.Option(help="Of the page; the first free one from 7860 if left out.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of the page; the first free one from 7860 if left out.")
+    ] = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:

@@ -27,10 +27,16 @@ class Family:
 
 
 def _vit(name: str = "vit_tiny_patch16_224", depth: int = 3, **kwargs: Any) -> Family:
-    def sized(width: int) -> tuple[str, dict[str, Any]]:
-        return name, {"img_size": 32, "patch_size": 8, "depth": depth, "embed_dim": width, "num_heads": 2, **kwargs}
+    return Family(*((name, _plain_vit(width, 8, depth=depth, **kwargs)[1]) for width in (8, 12)))
 
-    return Family(sized(8), sized(12))
+
+def _plain_vit(width: int, patch_size: int, **kwargs: Any) -> tuple[str, dict[str, Any]]:
+    kwargs = {"img_size": 32, "patch_size": patch_size, "depth": 3, "embed_dim": width, "num_heads": 2, **kwargs}
+    return "vit_tiny_patch16_224", kwargs
+
+
+def _resnet18(layers: list[int]) -> tuple[str, dict[str, Any]]:
+    return "resnet18", {"layers": layers, "channels": [4, 8, 12, 16]}
 
 
 def _swin(depths: list[int], width: int, patch_size: int = 2, image_size: int = 32) -> tuple[str, dict[str, Any]]:
@@ -47,7 +53,7 @@ def _convnext(depths: list[int], width: int) -> tuple[str, dict[str, Any]]:
     return "convnext_atto", {"depths": depths, "dims": [width, 2 * width, 2 * width, 3 * width]}
 
 
-RESNET18 = ("resnet18", {"layers": [2, 2, 2, 1], "channels": [4, 8, 12, 16]})
+RESNET18 = _resnet18([2, 2, 2, 1])
 RESNET50 = ("resnet50", {"layers": [2, 4, 3, 1], "channels": [4, 8, 12, 16]})
 
 FAMILIES = {
@@ -64,11 +70,23 @@ FAMILIES = {
     "efficientnet": Family(("mnasnet_small", {}), ("efficientnet_lite0", {}), image_size=64, space={"pairs": "all"}),
     "mobilenetv3": Family(("mobilenetv3_small_050", {}), ("mobilenetv3_small_075", {}), image_size=64),
     "resnet-swin": Family(
-        ("resnet18", {"layers": [1, 2, 2, 1], "channels": [4, 8, 12, 16]}),
+        _resnet18([1, 2, 2, 1]),
         _swin([1, 2, 4, 1], 12, patch_size=4, image_size=64),
         image_size=64,
         space={"stages": [1, 2]},
     ),
+    # Anchors that meet only where their grids are equal, or are resized, and that differ in prefix tokens.
+    "resnet-vit": Family(_resnet18([1, 2, 2, 1]), _plain_vit(12, 8, img_size=64), 64, {"direction": "both"}),
+    "swin-vit-registers": Family(
+        _swin([1, 2, 4, 1], 8, patch_size=4, image_size=64),
+        _plain_vit(12, 8, img_size=64, reg_tokens=2),
+        64,
+        {"direction": "both"},
+    ),
+    "deit-and-distilled": Family(
+        _plain_vit(8, 8), ("deit_tiny_distilled_patch16_224", _plain_vit(12, 8)[1]), space={"direction": "both"}
+    ),
+    "vit-patches": Family(_plain_vit(8, 16), _plain_vit(12, 8), space={"direction": "both", "resize": "bilinear"}),
 }
 
 

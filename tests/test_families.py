@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from families import FAMILIES, NUM_LABELS, images, make
@@ -68,15 +69,43 @@ def stitched_by_hooks(model: StitchableForImageClassification, stitch, x: torch.
     last_block = twins[front].get_submodule(chains[front].blocks[stop - 1][-1])
     last_block.register_forward_hook(lambda module, args, output: captured.update(features=output))
     twins[front](x)
-    features, weight = captured["features"], layer.weight
-    if model.config.anchors[front]["layout"] == "NCHW":
-        features = features.permute(0, 2, 3, 1)
-    stitched = torch.einsum("...i,oi->...o", features, weight) + layer.bias
+    tokens, grid = split(captured["features"], model.config.anchors[front], stop)
+    _, *size = model.config.anchors[back]["cuts"][start]
+    grid = torch.einsum("...i,oi->...o", grid, layer.weight) + layer.bias
+    grid = F.interpolate(grid.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False)
     if model.config.anchors[back]["layout"] == "NCHW":
-        stitched = stitched.permute(0, 3, 1, 2)
+        stitched = grid
+    elif model.config.anchors[back]["layout"] == "NHWC":
+        stitched = grid.permute(0, 2, 3, 1)
+    else:
+        mapped = {name: token @ layer.weight.T + layer.bias for name, token in tokens.items()}
+        prefix = [mapped.get(name, own.expand(len(x), -1, -1)) for name, own in own_tokens(twins[back]).items()]
+        stitched = torch.cat([*prefix, grid.flatten(2).transpose(1, 2)], dim=1)
     first_block = twins[back].get_submodule(chains[back].blocks[start][0])
     first_block.register_forward_pre_hook(lambda module, args: stitched)
     return twins[back](x)
+
+
+def split(features: torch.Tensor, anchor: dict, cut: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Prefix tokens (N, n, C) by name, and the grid (N, H, W, C)."""
+    if anchor["layout"] == "NCHW":
+        return {}, features.permute(0, 2, 3, 1)
+    if anchor["layout"] == "NHWC":
+        return {}, features
+    names, size = anchor.get("prefix_names", []), anchor["cuts"][cut][1:]
+    tokens = {name: features[:, [i for i, other in enumerate(names) if other == name]] for name in names}
+    return tokens, features[:, len(names) :].unflatten(1, size)
+
+
+def own_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The prefix tokens of a ViT (1, n, C) by name, with their position embeddings."""
+    names = [name for name in ("cls_token", "dist_token", "reg_token") if getattr(model, name, None) is not None]
+    tokens, place = {}, 0
+    for name in names:
+        token = getattr(model, name)
+        tokens[name] = token + model.pos_embed[:, place : place + token.shape[1]]
+        place += token.shape[1]
+    return tokens
 
 
 @ALL

@@ -138,9 +138,10 @@ def test_a_window_over_two_widths_gets_two_layers() -> None:
         (SWIN, {"stages": [1, 1]}, r"distinct numbers out of 0\.\.3"),
         (DEIT, {"direction": "up"}, "direction must be"),
         (DEIT, {"pairs": "some"}, "pairs must be"),
-        ([DEIT[0], SWIN[0]], {}, r"\[1, 4\] stages"),
+        (DEIT, {"resize": "nearest"}, "resize must be 'bilinear'"),
+        ([plain(3, 8), AnchorShape((2,), (Cut(8, 7, 7),) * 3, "NHWC")], {}, "meet nowhere.*14x14 and 7x7.*resize="),
+        ([plain(3, 8, 0), AnchorShape((2,), (Cut(8, 14, 14),) * 3, "UNITS")], {}, "order of mask units"),
         (DEIT, {"kernel_size": 1, "pairs": "forward"}, "no stitch"),
-        ([plain(3, 8, prefix_tokens=1), plain(3, 8, prefix_tokens=0)], {}, "no stitch"),
         (SWIN, {"stages": []}, "no stitch"),
     ],
 )

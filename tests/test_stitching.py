@@ -1,21 +1,25 @@
-"""Stitching layers between any two layouts."""
+"""Stitching layers between any two layouts, prefix tokens and grids."""
 
 import pytest
-import timm
 import torch
+import torch.nn.functional as F
 from timm.models.resnet import ResNet
-from timm.models.vgg import VGG
 
 from families import images, make
-from stitchable import Adapter, Layout, StitchableConfig, StitchableForImageClassification, register_anchor
-from stitchable.model import anchors as anchors_module
-from stitchable.model.stitching import StitchingLayer
+from stitchable import Layout, StitchableConfig, StitchableForImageClassification
+from stitchable.model.architectures import find_adapter
+from stitchable.model.stitching import Side, StitchingLayer
 
 GRID = (3, 5)
+LAYOUTS = (Layout.NCHW, Layout.NHWC, Layout.NLC)
 
 
 def features(layout: Layout, channels: int) -> torch.Tensor:
     x_NCHW = torch.randn(2, channels, *GRID, generator=torch.Generator().manual_seed(0))
+    return in_layout(x_NCHW, layout)
+
+
+def in_layout(x_NCHW: torch.Tensor, layout: Layout) -> torch.Tensor:
     return {
         Layout.NCHW: x_NCHW,
         Layout.NHWC: x_NCHW.permute(0, 2, 3, 1),
@@ -23,29 +27,59 @@ def features(layout: Layout, channels: int) -> torch.Tensor:
     }[layout]
 
 
-@pytest.mark.parametrize("target", Layout)
-@pytest.mark.parametrize("source", Layout)
+def layer_of(
+    source: Layout, target: Layout, *, grids: tuple = (GRID, GRID), tokens: tuple = (0, 0), carried: tuple = ()
+) -> StitchingLayer:
+    return StitchingLayer(Side(4, source, grids[0], tokens[0]), Side(6, target, grids[1], tokens[1]), carried)
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
 def test_every_pair_of_layouts_is_a_1x1_convolution(source: Layout, target: Layout) -> None:
-    layer = StitchingLayer(4, 6, source, target, GRID)
+    layer = layer_of(source, target)
     convolution = torch.nn.Conv2d(4, 6, 1)
     convolution.load_state_dict({"weight": layer.weight[:, :, None, None], "bias": layer.bias})
-    expected_NCHW = convolution(features(Layout.NCHW, 4))
-    expected = {
-        Layout.NCHW: expected_NCHW,
-        Layout.NHWC: expected_NCHW.permute(0, 2, 3, 1),
-        Layout.NLC: expected_NCHW.flatten(2).transpose(1, 2),
-    }[target]
+    expected = in_layout(convolution(features(Layout.NCHW, 4)), target)
     torch.testing.assert_close(layer(features(source, 4)), expected)
 
 
 def test_prefix_tokens_are_carried_along() -> None:
-    layer = StitchingLayer(4, 6, Layout.NLC, Layout.NLC, GRID)
+    layer = layer_of(Layout.NLC, Layout.NLC, tokens=(1, 1), carried=(0,))
     x = torch.randn(2, 1 + 15, 4)
     torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
 
 
+def test_prefix_tokens_that_the_target_lacks_are_left_out() -> None:
+    layer = layer_of(Layout.NLC, Layout.NHWC, tokens=(2, 0))
+    x = torch.randn(2, 2 + 15, 4)
+    expected = (x[:, 2:] @ layer.weight.T + layer.bias).unflatten(1, GRID)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_prefix_tokens_that_the_source_lacks_are_the_targets_own() -> None:
+    # A class token and a register, from a front with a class and a distillation token.
+    layer = layer_of(Layout.NLC, Layout.NLC, tokens=(2, 2), carried=(0, None))
+    x, own = torch.randn(3, 2 + 15, 4), torch.randn(1, 2, 6)
+    mapped = x @ layer.weight.T + layer.bias
+    expected = torch.cat([mapped[:, :1], own[:, 1:].expand(3, -1, -1), mapped[:, 2:]], dim=1)
+    torch.testing.assert_close(layer(x, own), expected)
+    with pytest.raises(ValueError, match="back anchor's own prefix tokens"):
+        layer(x)
+
+
+@pytest.mark.parametrize("grids", [((6, 10), (3, 5)), ((3, 5), (6, 10)), ((7, 7), (4, 4))])
+def test_resizing_is_bilinear_and_commutes_with_the_map(grids: tuple) -> None:
+    layer = layer_of(Layout.NLC, Layout.NCHW, grids=grids, tokens=(1, 0))
+    height, width = grids[0]
+    x = torch.randn(2, 1 + height * width, 4)
+    x_NCHW = x[:, 1:].transpose(1, 2).unflatten(2, grids[0])
+    mapped = F.conv2d(x_NCHW, layer.weight[:, :, None, None], layer.bias)
+    expected = F.interpolate(mapped, size=grids[1], mode="bilinear", align_corners=False)
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_cnn_to_vit_without_class_token() -> None:
-    """Layouts NCHW to NLC in a whole model; the space of such mixed families is written by hand."""
+    """Layouts NCHW to NLC in a whole model, whose routes are written by hand."""
     cnn = make("resnet").config
     vit = make("vit-no-class-token").config
     # ResNet's cut 4 (two stages done, 8x8 pixels halved to 4x4) meets the ViT's grid of 4x4.
@@ -68,23 +102,6 @@ def test_cnn_to_vit_without_class_token() -> None:
     assert model(x, stitch_id=3).logits.shape == (2, 5)
 
 
-@torch.no_grad()
-def test_one_can_register_an_architecture_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anchors_module, "_ADAPTERS", dict(anchors_module._ADAPTERS))
-    family = [{"architecture": name, "kwargs": {}} for name in ("vgg11", "vgg13")]
-    with pytest.raises(ValueError, match="VGG cannot be stitched yet"):
-        StitchableConfig.from_anchors(family)
-    register_anchor(VGG, Adapter(Layout.NCHW, stem=(), stages=("features",)))
-    config = StitchableConfig.from_anchors(family, image_size=32, num_labels=3)
-    model = StitchableForImageClassification(config).eval()
-    x = torch.randn(1, 3, 32, 32)
-    twin = timm.create_model("vgg13", num_classes=3)
-    twin.load_state_dict(model.anchors[1].state_dict())
-    assert torch.equal(model(x, stitch_id=1).logits, twin.eval()(x))
-    stitch = model.stitches[-1]
-    assert torch.equal(model.extract(stitch.id)(x).logits, model(x, stitch_id=stitch.id).logits)
-
-
 def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_parent() -> None:
     class Twisted(ResNet):
         def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,4 +109,4 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_parent() -> N
 
     twisted = Twisted.__new__(Twisted)
     with pytest.raises(ValueError, match="class Twisted cannot be stitched yet"):
-        anchors_module.find_adapter(twisted)
+        find_adapter(twisted)

@@ -86,10 +86,10 @@ def measure(
             count += int((labels >= 0).sum())  # -100 stands for an image that could not be read
             stem = chain.run_stem(timm_model, batch["pixel_values"].to(model.device))
             for number, kept in enumerate(crops):
-                features = stem
+                flow = stem
                 for index in kept:
-                    features = chain.run_block(timm_model, index, features)
-                logits = model.run_head(anchor, chain.run_neck(timm_model, features))
+                    flow = chain.run_block(timm_model, index, flow)
+                logits = model.run_head(anchor, chain.run_neck(timm_model, flow).features)
                 correct[number] += int((logits.argmax(-1) == labels).sum())
     return [number / count for number in correct]
 

@@ -173,4 +173,8 @@ def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     return _create("cifar_resnet56", pretrained, **{"depth": 9, **kwargs})
 
 
-register_anchor(CifarResNet, Adapter(Layout.NCHW, stem=("conv1", "bn1", "act1"), stages=("layer1", "layer2", "layer3")))
+register_anchor(
+    CifarResNet,
+    Adapter(Layout.NCHW, stem=("conv1", "bn1", "act1"), stages=("layer1", "layer2", "layer3")),
+    example="cifar_resnet20",
+)

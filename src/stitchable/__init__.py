@@ -6,7 +6,8 @@ from stitchable.costs import update_costs
 from stitchable.evaluation import evaluate
 from stitchable.initialization import initialize_stitches
 from stitchable.latency import calibrate
-from stitchable.model.anchors import Adapter, Layout, register_anchor
+from stitchable.model.anchors import Adapter, Layout
+from stitchable.model.architectures import register_anchor, register_family
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION as __version__
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchableModel
@@ -36,5 +37,6 @@ __all__ = [
     "measure_throughput",
     "pareto_front",
     "register_anchor",
+    "register_family",
     "update_costs",
 ]

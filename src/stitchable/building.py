@@ -15,10 +15,11 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from stitchable.costs import cost_of_stitch, profile_architecture
-from stitchable.model.anchors import TimmModel, create_timm_model
+from stitchable.model.anchors import TimmModel
+from stitchable.model.architectures import create_model, is_own
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
-from stitchable.space import Direction, Pairs, default_pairs, default_stages, enumerate_stitches
+from stitchable.space import Direction, Pairs, Resize, default_pairs, default_stages, enumerate_stitches
 
 
 def build_config(
@@ -30,6 +31,7 @@ def build_config(
     direction: Direction = "fast_to_slow",
     nearest: bool = True,
     pairs: Pairs | None = None,
+    resize: Resize | None = None,
     image_size: int | Sequence[int] | None = None,
     num_labels: int | None = None,
     pretrained: bool = False,
@@ -47,6 +49,7 @@ def build_config(
         direction: see there.
         nearest: see there.
         pairs: see there.
+        resize: see there.
         image_size: pixels, or (height, width); None means the anchors' own. Where the architecture fixes its input
             size at construction, it is built for this one.
         num_labels: classes; None means the anchors' own, those of the classifier in the file where they have `weights`.
@@ -55,8 +58,8 @@ def build_config(
 
     Raises:
         ValueError: fewer than two anchors, an unknown or unsupported architecture, anchors that differ in input size,
-            channels, classes or prefix tokens or normalise pixels differently, a space with no stitch, or `weights`
-            that cannot be read or would not be used because of `pretrained=False`.
+            channels or classes or normalise pixels differently, a size that one of them cannot take, a space with no
+            stitch, or `weights` that cannot be read or would not be used because of `pretrained=False`.
     """
     if isinstance(anchors, str | Mapping) or len(anchors) < 2:
         count = 1 if isinstance(anchors, str | Mapping) else len(anchors)
@@ -69,7 +72,7 @@ def build_config(
     _check_labels(num_labels, config.get("id2label"))
     image_size = _agreed([(anchor.name, anchor.image_size) for anchor in entries], "image_size", image_size)
     image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    num_channels = _agreed([(anchor.name, anchor.kwargs.get("in_chans", 3)) for anchor in entries], "in_chans", fix="")
+    num_channels = _agreed([(anchor.name, anchor.num_channels) for anchor in entries], "in_chans", fix="")
     for key, timm_key in (("image_mean", "mean"), ("image_std", "std")):
         config[key] = _agreed([(anchor.name, tuple(anchor.cfg[timm_key])) for anchor in entries], key, config.get(key))
 
@@ -79,8 +82,6 @@ def build_config(
     ]
     profiled.sort(key=lambda entry: entry[1].total.flops)
     profiles = [profile for _, profile in profiled]
-    _agreed([(anchor.name, profile.shape.prefix_tokens) for anchor, profile in profiled], "prefix tokens", fix="")
-
     shapes = [profile.shape for profile in profiles]
     stitches = enumerate_stitches(
         shapes,
@@ -90,6 +91,7 @@ def build_config(
         direction=direction,
         nearest=nearest,
         pairs=pairs,
+        resize=resize,
     )
     costs = [cost_of_stitch(stitch, profiles) for stitch in stitches]
     if "id2label" not in config and (labels := _imagenet_labels([anchor.cfg for anchor in entries], num_labels)):
@@ -115,11 +117,12 @@ def build_config(
         space={
             "kernel_size": kernel_size,
             "stride": stride,
-            "stages": list(default_stages(shapes) if stages is None else stages),
+            "stages": list(default_stages(shapes, resize) if stages is None else stages),
             "direction": direction,
             "nearest": nearest,
             "pairs": pairs or default_pairs(shapes),
         },
+        resize=resize,
         stitch_id=config.pop("stitch_id", len(profiles) - 1),
         image_size=image_size,
         num_channels=num_channels,
@@ -168,6 +171,10 @@ class _Anchor:
         return self.cfg["num_classes"]
 
     @property
+    def num_channels(self) -> int:
+        return self.kwargs.get("in_chans", self.cfg["input_size"][0])
+
+    @property
     def image_size(self) -> tuple[int, int]:
         size = self.kwargs.get("img_size", self.cfg["input_size"][1:])
         return (size, size) if isinstance(size, int) else tuple(size)
@@ -186,7 +193,7 @@ def _read_anchor(anchor: str | Mapping[str, Any], image_size: int | Sequence[int
             "give pretrained=True, or leave weights out"
         )
     with torch.device("meta"):
-        model = create_timm_model(name, kwargs, num_classes=None)
+        model = create_model(name, kwargs, num_classes=None)
     cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
     if weights:
         cfg["num_classes"] = _classes_in_file(weights, name, cfg)
@@ -227,7 +234,9 @@ def _classes_in_file(weights: str, name: str, cfg: Mapping[str, Any]) -> int:
 
 def _pretrained_model(anchor: _Anchor, num_labels: int | None) -> TimmModel:
     if anchor.weights is None:
-        return create_timm_model(anchor.name, anchor.kwargs, num_classes=num_labels, pretrained=True)
+        return create_model(anchor.name, anchor.kwargs, num_classes=num_labels, pretrained=True)
+    if is_own(anchor.name):
+        return _own_model(anchor, num_labels)
     overlay = {
         **(anchor.kwargs.get("pretrained_cfg_overlay") or {}),
         "file": anchor.weights,
@@ -237,13 +246,30 @@ def _pretrained_model(anchor: _Anchor, num_labels: int | None) -> TimmModel:
     }
     kwargs = {**anchor.kwargs, "pretrained_cfg_overlay": overlay}
     try:
-        model = create_timm_model(anchor.name, kwargs, num_classes=anchor.num_classes, pretrained=True)
+        model = create_model(anchor.name, kwargs, num_classes=anchor.num_classes, pretrained=True)
     except Exception as error:  # also what timm's conversions of foreign checkpoints stumble over
         raise ValueError(
             f"anchor {anchor.name!r}: the weights {anchor.weights!r} do not fit: {_brief(error.__cause__ or error)}"
         ) from error
     if anchor.num_classes != num_labels:
         model.reset_classifier(num_labels)
+    return model
+
+
+def _own_model(anchor: _Anchor, num_labels: int | None) -> TimmModel:
+    """A registered model with the weights of its file; a classifier of other classes is new."""
+    model = create_model(anchor.name, anchor.kwargs, num_classes=num_labels)
+    state_dict = timm.models.load_state_dict(str(anchor.weights))
+    classifier = f"{anchor.cfg['classifier']}."
+    if anchor.num_classes != num_labels:
+        own = model.state_dict()
+        state_dict = {name: own[name] if name.startswith(classifier) else value for name, value in state_dict.items()}
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(
+            f"anchor {anchor.name!r}: the weights {anchor.weights!r} do not fit: {_brief(error)}"
+        ) from error
     return model
 
 
@@ -255,7 +281,7 @@ def _brief(error: BaseException) -> str:
 def _check_settings(config: Mapping[str, Any], stages: Any, image_size: Any) -> None:
     known = {name for name in inspect.signature(StitchableConfig).parameters if name != "kwargs"}
     known |= {*vars(StitchableConfig()), "num_labels"}
-    space = ["kernel_size", "stride", "stages", "direction", "nearest", "pairs", "pretrained"]
+    space = ["kernel_size", "stride", "stages", "direction", "nearest", "pairs", "resize", "pretrained"]
     for name in config:
         if name not in known:
             near = difflib.get_close_matches(name, [*known, *space], n=1)

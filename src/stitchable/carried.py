@@ -16,14 +16,14 @@ from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-_OFFERED = {"Adapter", "Layout", "register_anchor"}  # what a checkpoint's anchors.py has of the package
+_OFFERED = {"Adapter", "Layout", "register_anchor", "register_family"}  # what a checkpoint's architectures.py has
 _PACKAGE = Path(__file__).with_name("model")
 
 
 def carry_families(model: StitchablePreTrainedModel, classes: Iterable[type[nn.Module]], folder: str | Path) -> None:
     """Copy the files of model classes that are not timm's into a folder where a model of them was saved.
 
-    They import from `.anchors` there what they import from stitchable, so that the checkpoint loads, with
+    They import from `.architectures` there what they import from stitchable, so that the checkpoint loads, with
     `trust_remote_code=True`, where neither stitchable nor the file is. A file that cannot travel is left with a warning
     that says why: the checkpoint then loads only where the file was imported before.
     """
@@ -61,7 +61,7 @@ def import_families(source: str | Path, files: Sequence[str], **hub: Any) -> Non
     for file in files:
         path = cached_file(source, file, **hub)
         assert path is not None  # else it raises
-        text = Path(path).read_text().replace("from .anchors import", "from stitchable import")
+        text = Path(path).read_text().replace("from .architectures import", "from stitchable import")
         # By content: another checkpoint may bring another file of this name.
         name = f"stitchable_{Path(file).stem}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if name in sys.modules:
@@ -97,7 +97,7 @@ def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
         raise ValueError(f"{path.name} has the name of a file that every checkpoint has")
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.level and node.module != "anchors":
+        if isinstance(node, ast.ImportFrom) and node.level and node.module != "architectures":
             raise ValueError(f"line {node.lineno} of {path.name} imports from a file beside it, and only one travels")
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
@@ -111,7 +111,7 @@ def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
             offered = ", ".join(sorted(_OFFERED))
             raise ValueError(f"line {node.lineno} of {path.name} is not of the form `from stitchable import {offered}`")
         further = (node.end_lineno or node.lineno) - node.lineno
-        rewritten = f"from .anchors import {', '.join(sorted(names))}"
+        rewritten = f"from .architectures import {', '.join(sorted(names))}"
         lines[node.lineno - 1 : node.lineno + further] = [rewritten, *[""] * further]
     return path, "\n".join([*lines, ""])
 

@@ -17,6 +17,7 @@ from stitchable import (
     StitchableConfig,
     StitchableForImageClassification,
     conversion,
+    coverage,
     evaluate,
     initialize_stitches,
     pareto_front,
@@ -102,6 +103,30 @@ def build(
         initialize_stitches(model, batches, num_samples=num_samples)
     save_repository(model, output, processor, Card(output.resolve().name))
     typer.echo(f"{output}: {len(model.stitches)} stitches of {len(anchors)} anchors")
+
+
+@command
+def families(
+    modules: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODULE]...", help="Modules of timm, such as convnext; all if none.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a Markdown table, as in docs/families.md.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print which architectures of timm can be stitched, by module, and why the others cannot."""
+    rows = coverage.survey(modules or ())
+    if as_json:
+        typer.echo(json.dumps(coverage.to_dicts(rows), indent=2))
+    elif markdown:
+        typer.echo(coverage.to_markdown(rows))
+    else:
+        width = max(len(row.name) for row in rows)
+        for row in rows:
+            why = f"{row.pattern}  {'; '.join(row.reasons)}".strip().replace("`", "")
+            typer.echo(f"{row.name:<{width}}  {row.supported:>4} of {row.architectures:<4} {why}")
+        typer.echo(coverage.total(rows))
 
 
 @command

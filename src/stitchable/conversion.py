@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from timm.models import swin_transformer
 
 from stitchable.costs import update_costs
-from stitchable.model.anchors import create_timm_model
+from stitchable.model.architectures import create_model
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
 from stitchable.model.routes import AnchorShape, Stitch, layer_name
 
@@ -186,7 +186,7 @@ def _num_labels(part: Weights, source: Any) -> int:
 def _as_timm_has_it(part: dict[str, torch.Tensor], entry: Mapping[str, Any], num_labels: int) -> Weights:
     """An anchor's weights by timm's names."""
     with torch.device("meta"):
-        model = create_timm_model(entry["architecture"], entry.get("kwargs"), num_classes=num_labels)
+        model = create_model(entry["architecture"], entry.get("kwargs"), num_classes=num_labels)
     expected = model.state_dict()
     if set(expected) == set(part):
         named = part

@@ -6,19 +6,27 @@ GroupNorm, 2 per element of a BatchNorm in evaluation mode (4 and 1 where they h
 of an adaptive average pooling. Other elementwise operations, softmax and activations count as nothing there and here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from stitchable.model.anchors import Chain, Layout, TimmModel, create_timm_model
+from stitchable.model.anchors import Part, TimmModel
+from stitchable.model.architectures import create_model, describe
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
-from stitchable.model.routes import AnchorShape, Cut, Stitch
+from stitchable.model.routes import AnchorShape, Cut, Stitch, carried_tokens
+
+_FLOPS_OF_BILINEAR = 4
+"""Per output element, as fvcore counts them."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class AnchorProfile:
-    """An anchor's shape and the cost of each of its parts; `neck_flops` is the share of its final norm in the head."""
+    """An anchor's shape and the cost of each of its parts.
+
+    Attributes:
+        shape: its stages and cuts.
+        stem: from the pixel values to cut 0, and the parameters of the context and the own prefix tokens.
+        blocks: of each block.
+        head: what follows the last block.
+        neck_flops: the share of the final norm in the head.
+        context: what the blocks need besides the features, once for every segment of the anchor but a first one.
+        prefix: the own prefix tokens, for features that come without.
+    """
 
     shape: AnchorShape
     stem: Cost
     blocks: tuple[Cost, ...]
     head: Cost
     neck_flops: int
+    context: Cost = Cost()
+    prefix: Cost = Cost()
 
     @property
     def total(self) -> Cost:
@@ -58,20 +78,24 @@ def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: in
         num_channels: channels of the image.
 
     Raises:
-        ValueError: the class is not supported, or the model cannot take images of this size.
+        ValueError: the class is not supported, or the model cannot take images of this size, or its features have not
+            the rank or layout that its adapter declares.
     """
-    chain, training = Chain.of(model), model.training
+    chain, training = describe(model), model.training
     model.eval()
     pixel_values = torch.empty(1, num_channels, *image_size, device=next(model.parameters()).device)
     try:
-        stem_flops, features = _counted(chain.run_stem, model, pixel_values)
-        cuts, block_flops = [_cut(features, chain, image_size)], []
+        stem_flops, flow = _counted(chain.run_stem, model, pixel_values)
+        cuts, block_flops = [Cut(*chain.measure(flow.features, image_size))], []
         for index in range(chain.depth):
-            flops, features = _counted(chain.run_block, model, index, features)
+            flops, flow = _counted(chain.run_block, model, index, flow)
             block_flops.append(flops)
-            cuts.append(_cut(features, chain, image_size))
-        neck_flops, features = _counted(chain.run_neck, model, features)
-        head_flops, _ = _counted(model.forward_head, features)
+            cuts.append(Cut(*chain.measure(flow.features, image_size)))
+        neck_flops, flow = _counted(chain.run_neck, model, flow)
+        head_flops, _ = _counted(chain.run_head, model, flow.features)
+        middle = cuts[chain.depth // 2]
+        context_flops, _ = _counted(chain.enter, model, flow.features, pixel_values, (middle.height, middle.width))
+        prefix_flops, _ = _counted(chain.own_prefix, model) if chain.prefix_tokens else (0, None)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot take images of {num_channels}x{image_size[0]}x{image_size[1]}: {error}"
@@ -79,15 +103,17 @@ def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: in
     finally:
         model.train(training)
 
-    params: dict[str | int, int] = {}
+    params: Counter[Part] = Counter()
     for name, parameter in model.named_parameters():
-        params[chain.part_of(name)] = params.get(chain.part_of(name), 0) + parameter.numel()
+        params[chain.part_of(name)] += parameter.numel()
     return AnchorProfile(
-        shape=AnchorShape(chain.stages, tuple(cuts), chain.layout.value, chain.prefix_tokens),
-        stem=Cost(stem_flops, params.get("stem", 0)),
-        blocks=tuple(Cost(flops, params.get(index, 0)) for index, flops in enumerate(block_flops)),
-        head=Cost(neck_flops + head_flops, params.get("head", 0)),
+        shape=AnchorShape(chain.stages, tuple(cuts), chain.layout.value, chain.prefix_tokens, chain.prefix_names),
+        stem=Cost(stem_flops, params["stem"] + params["context"] + params["prefix"]),
+        blocks=tuple(Cost(flops, params[index]) for index, flops in enumerate(block_flops)),
+        head=Cost(neck_flops + head_flops, params["head"]),
         neck_flops=neck_flops,
+        context=Cost(context_flops, params["context"]),
+        prefix=Cost(prefix_flops, params["prefix"]),
     )
 
 
@@ -97,18 +123,23 @@ def profile_architecture(
     """The profile of an architecture that need not be in memory: it is built on the meta device.
 
     Raises:
-        ValueError: as `create_timm_model` and `profile_anchor`.
+        ValueError: as `create_model` and `profile_anchor`.
     """
     with torch.device("meta"):
-        model = create_timm_model(architecture, kwargs, num_classes=num_labels)
+        model = create_model(architecture, kwargs, num_classes=num_labels)
     return profile_anchor(model, image_size, num_channels)
 
 
 def cost_of_layer(source: AnchorShape, stop: int, target: AnchorShape, start: int) -> Cost:
     """The stitching layer from cut `stop` of one anchor to cut `start` of another, bias included in the parameters."""
-    cut, channels = source.cuts[stop], target.cuts[start].channels
-    positions = cut.height * cut.width + source.prefix_tokens
-    return Cost(flops=positions * cut.channels * channels, params=cut.channels * channels + channels)
+    before, after = source.cuts[stop], target.cuts[start]
+    area, target_area = before.height * before.width, after.height * after.width
+    positions = min(area, target_area) + sum(token is not None for token in carried_tokens(source, target))
+    flops = positions * before.channels * after.channels
+    if (before.height, before.width) != (after.height, after.width):
+        # Where the grid becomes smaller it is resized before the map, else after it.
+        flops += _FLOPS_OF_BILINEAR * target_area * (before.channels if target_area < area else after.channels)
+    return Cost(flops, params=before.channels * after.channels + after.channels)
 
 
 def cost_of_stitch(stitch: Stitch, profiles: Sequence[AnchorProfile]) -> Cost:
@@ -119,11 +150,20 @@ def cost_of_stitch(stitch: Stitch, profiles: Sequence[AnchorProfile]) -> Cost:
         cost = replace(cost, flops=cost.flops - last.neck_flops)
     for segment in stitch.route:
         cost = sum(profiles[segment.anchor].blocks[segment.start : segment.stop], cost)
-    for index, (name, front, back) in enumerate(stitch.joints):
-        layer = cost_of_layer(profiles[front.anchor].shape, front.stop, profiles[back.anchor].shape, back.start)
-        # A chain may pass one stitching layer twice: it works twice, but its parameters are there once.
-        used_before = name in stitch.layers[:index]
-        cost = cost + (replace(layer, params=0) if used_before else layer)
+    # What a chain passes twice works twice, but its parameters are there once.
+    there: set[Any] = {("context", stitch.route[0].anchor), ("prefix", stitch.route[0].anchor)}
+
+    def add(what: Any, part: Cost) -> None:
+        nonlocal cost
+        cost += replace(part, params=0) if what in there else part
+        there.add(what)
+
+    for name, front, back in stitch.joints:
+        source, target = profiles[front.anchor].shape, profiles[back.anchor].shape
+        add(name, cost_of_layer(source, front.stop, target, back.start))
+        add(("context", back.anchor), profiles[back.anchor].context)
+        if None in carried_tokens(source, target):
+            add(("prefix", back.anchor), profiles[back.anchor].prefix)
     return cost
 
 
@@ -153,8 +193,10 @@ def count_flops(function: Callable[..., Any], *inputs: torch.Tensor) -> int:
 def _counted(function: Callable[..., Any], *inputs: Any) -> tuple[int, Any]:
     # FlopCounterMode counts a multiply-add as two. It knows plain matrix products on every device and in every version,
     # but not every fused attention (on CPUs only since torch 2.15).
+    models = [model for model in (function, *inputs) if isinstance(model, nn.Module)]
     with (
         torch.no_grad(),
+        _without_gradients(models),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as products,
         _ElementwiseCounter() as elementwise,
@@ -163,8 +205,21 @@ def _counted(function: Callable[..., Any], *inputs: Any) -> tuple[int, Any]:
     return products.get_total_flops() // 2 + elementwise.flops, output
 
 
+@contextmanager
+def _without_gradients(models: Sequence[nn.Module]) -> Iterator[None]:
+    """FlopCounterMode hooks into the gradients of what modules are given, and a view of a parameter has none here."""
+    trained = {parameter for model in models for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 class _ElementwiseCounter(TorchFunctionMode):
-    """Count what FlopCounterMode leaves out and fvcore does not: normalisation and adaptive average pooling.
+    """Count what FlopCounterMode leaves out: normalisation, adaptive pooling and resizing, as fvcore does, and LSTMs.
 
     It looks at the functions that modules call, not at the operators below: PyTorch turns a pooling to 1x1 into a mean,
     which fvcore would not count.
@@ -182,23 +237,26 @@ class _ElementwiseCounter(TorchFunctionMode):
             training = args[5] if len(args) > 5 else kwargs.get("training", False)
             per_element = 5 if training else 2
             self.flops += args[0].numel() * (per_element if _weight(args, kwargs, 3) else per_element - 1)
+        elif func is torch.lstm:
+            return self._lstm(*args, **kwargs)
         elif func in (F.adaptive_avg_pool2d, F.adaptive_avg_pool1d):
             self.flops += args[0].numel()
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is F.interpolate and kwargs.get("mode") == "bilinear":
+            self.flops += _FLOPS_OF_BILINEAR * output.numel()
+        return output
+
+    def _lstm(self, x: torch.Tensor, states: Any, weights: Any, *settings: Any) -> Any:
+        """Every matrix of an LSTM is applied to every element of its sequence; not every device shows the products."""
+        self.flops += (x.numel() // x.shape[-1]) * sum(weight.numel() for weight in weights if weight.ndim == 2)
+        with _disable_current_modes():
+            if not x.is_meta:
+                return torch.lstm(x, states, weights, *settings)
+            # There PyTorch would go through the sequence in Python.
+            *_, bidirectional, _ = settings
+            hidden, cells = states
+            return x.new_empty(*x.shape[:-1], hidden.shape[-1] * (2 if bidirectional else 1)), hidden, cells
 
 
 def _weight(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> bool:
     return (args[position] if len(args) > position else kwargs.get("weight")) is not None
-
-
-def _cut(features: torch.Tensor, chain: Chain, image_size: Sequence[int]) -> Cut:
-    if chain.layout is Layout.NCHW:
-        return Cut(features.shape[1], features.shape[2], features.shape[3])
-    if chain.layout is Layout.NHWC:
-        return Cut(features.shape[3], features.shape[1], features.shape[2])
-    tokens = features.shape[1] - chain.prefix_tokens
-    # The grid of tokens has the proportions of the image.
-    height = max(1, round((tokens * image_size[0] / image_size[1]) ** 0.5))
-    if tokens % height:
-        raise ValueError(f"{tokens} tokens are no grid with the proportions of {image_size[0]}x{image_size[1]} pixels")
-    return Cut(features.shape[2], height, tokens // height)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
+from stitchable.model.anchors import Flow
 from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification
 from stitchable.model.routes import find_stitch
 
@@ -237,20 +238,19 @@ def run_stitches(
 
     At most one tensor of features per step of the deepest stitch is held at a time.
     """
-    pixel_values = pixel_values.to(model.device, model.dtype)
     plans = {stitch_id: model.steps(stitch_id) for stitch_id in stitch_ids}
-    yield from _descend(model, pixel_values, 0, plans)
+    yield from _descend(model, model.start(pixel_values), 0, plans)
 
 
 def _descend(
-    model: StitchableForImageClassification, features: torch.Tensor, depth: int, plans: Mapping[int, tuple[Step, ...]]
+    model: StitchableForImageClassification, flow: Flow, depth: int, plans: Mapping[int, tuple[Step, ...]]
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Run the stitches whose first `depth` steps gave these features: a walk over the tree of common beginnings."""
+    """Run the stitches whose first `depth` steps led here: a walk over the tree of common beginnings."""
     branches: dict[Step, dict[int, tuple[Step, ...]]] = {}
     for stitch_id, steps in plans.items():
         if depth == len(steps):
-            yield stitch_id, model.run_head(steps[-1].anchor, features)
+            yield stitch_id, model.run_head(steps[-1].anchor, flow.features)
         else:
             branches.setdefault(steps[depth], {})[stitch_id] = steps
     for step, members in branches.items():
-        yield from _descend(model, model.run_step(step, features), depth + 1, members)
+        yield from _descend(model, model.run_step(step, flow), depth + 1, members)

@@ -18,15 +18,22 @@ import torch
 from transformers.utils import logging
 
 from stitchable.evaluation import evaluation_mode
+from stitchable.model.anchors import Grid
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
-from stitchable.model.routes import check_integer
-from stitchable.model.stitching import to_channels_last
+from stitchable.model.routes import AnchorShape, check_integer
+from stitchable.model.stitching import Side, rows_of
 
 _CHUNK = 16
 """Images whose features are held at once, however large a batch is."""
 
-Key = tuple[int, int]
-"""An anchor and one of its cuts."""
+
+class Key(NamedTuple):
+    """Features as rows: an anchor, one of its cuts, the prefix tokens that count, and the grid they are resized to."""
+
+    anchor: int
+    cut: int
+    tokens: tuple[int, ...]
+    grid: Grid
 
 
 class Place(NamedTuple):
@@ -101,8 +108,12 @@ def places_of_layers(model: StitchablePreTrainedModel) -> dict[str, list[Place]]
     places: dict[str, dict[Place, None]] = {}
     for stitch in model.stitches:
         for name, front, back in stitch.joints:
-            place = Place((front.anchor, front.stop), (back.anchor, back.start))
-            places.setdefault(name, {})[place] = None
+            layer = model.get_stitching_layer(name)
+            # Tokens that the front lacks are not the layer's to make.
+            pairs = [(source, target) for target, source in enumerate(layer.carried) if source is not None]
+            source = Key(front.anchor, front.stop, tuple(source for source, _ in pairs), layer.target.grid)
+            target = Key(back.anchor, back.start, tuple(target for _, target in pairs), layer.target.grid)
+            places.setdefault(name, {})[Place(source, target)] = None
     return {name: list(unique) for name, unique in places.items()}
 
 
@@ -238,27 +249,27 @@ def anchor_features(
         ValueError: non-finite activations (names the anchor and the cut).
     """
     wanted = {key for shared in places.values() for place in shared for key in (place.source, place.target)}
-    pixel_values = pixel_values.to(model.device, model.dtype)
     features = {}
-    for anchor, chain in model.chains.items():
-        cuts = [cut for owner, cut in wanted if owner == anchor]
-        x = pixel_values
-        for cut in range(max(cuts, default=-1) + 1):
-            x = model.run_step(Step("block", anchor, cut - 1) if cut else Step("stem", anchor), x)
-            if cut in cuts:
-                if not torch.isfinite(x).all():
-                    raise ValueError(f"the activations of anchor {anchor} at cut {cut} are not finite")
-                features[anchor, cut] = to_channels_last(x, chain.layout).flatten(0, -2)
+    for anchor in model.chains:
+        keys = [key for key in wanted if key.anchor == anchor]
+        flow, shape = model.start(pixel_values), AnchorShape.from_dict(model.config.anchors[anchor])
+        for cut in range(max((key.cut for key in keys), default=-1) + 1):
+            flow = model.run_step(Step("block", anchor, cut - 1) if cut else Step("stem", anchor), flow)
+            here = [key for key in keys if key.cut == cut]
+            if here and not torch.isfinite(flow.features).all():
+                raise ValueError(f"the activations of anchor {anchor} at cut {cut} are not finite")
+            for key in here:
+                features[key] = rows_of(flow.features, Side.of(shape, cut), key.tokens, key.grid)
     return features
 
 
 def _check_complete(model: StitchablePreTrainedModel, places: Mapping[str, Sequence[Place]]) -> None:
     for shared in places.values():
-        for anchor, cut in (key for place in shared for key in (place.source, place.target)):
-            missing = {"stem", *range(cut)} - model.parts_of_anchor(anchor)
+        for key in (key for place in shared for key in (place.source, place.target)):
+            missing = {"stem", *range(key.cut)} - model.parts_of_anchor(key.anchor)
             if missing:
                 raise ValueError(
-                    f"least squares runs anchor {anchor} up to cut {cut}, but this model does not hold its "
+                    f"least squares runs anchor {key.anchor} up to cut {key.cut}, but this model does not hold its "
                     f"{sorted(missing, key=str)}; fit the whole model before extracting a stitch"
                 )
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
 from stitchable.evaluation import evaluation_mode
+from stitchable.model.anchors import Flow, Part
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.routes import AnchorShape, Stitch
 from stitchable.throughput import describe_device, random_pixel_values, synchronize
@@ -112,8 +113,8 @@ class _Part:
     """A step as it is run alone: its function, and its input unless that is what the part before it returned."""
 
     step: Step
-    run: Callable[[torch.Tensor], torch.Tensor]
-    input: torch.Tensor | None = None
+    run: Callable[[Flow], Flow]
+    input: Flow | None = None
 
 
 @dataclass
@@ -139,7 +140,10 @@ class _Parts:
         self.chains = [self._parts_of_anchor(anchor) for anchor in self.model.chains]
         joints = [joint for stitch in self.model.stitches for joint in stitch.joints]
         # By name: a layer is shared by all positions of its window.
-        self.layers = {joint.layer: (joint.front.anchor, joint.front.stop) for joint in joints}
+        self.layers = {
+            joint.layer: (Step("layer", joint.back.anchor, layer=joint.layer), joint.front.anchor, joint.front.stop)
+            for joint in joints
+        }
         self.weights = self._weigh()
 
     def time(self, num_runs: int, num_warmup_runs: int) -> None:
@@ -168,29 +172,32 @@ class _Parts:
                 beyond.append(time.perf_counter() - started - steps)
         self.seconds = {step: statistics.median(seconds) for step, seconds in rounds.items()}
         for names in kinds.values():
-            self.seconds |= {Step("layer", layer=name): self.seconds[Step("layer", layer=names[0])] for name in names}
+            self.seconds |= {self.layers[name][0]: self.seconds[self.layers[names[0]][0]] for name in names}
         self.seconds_of_call = max(0.0, statistics.median(beyond)) if beyond else 0.0
 
     def watch(self) -> None:
         """Fill `activations`."""
         weights = {tensor.untyped_storage()._cdata for tensor in self.model.state_dict().values()}
         for chain in [*self.chains, *([self._part_of_layer(name)] for name in self.layers)]:
-            features = torch.empty(0)
+            flow: Flow | None = None
             for part in chain:
-                features = features if part.input is None else part.input
+                flow = part.input or flow
+                assert flow is not None  # the first part has an input
                 with _LiveBytes(weights) as live:
-                    output = part.run(features)
-                self.activations[part.step] = live.peak + features.nbytes
-                features = output
+                    output = part.run(flow)
+                held = [held for held in tree_leaves((flow.features, flow.context)) if isinstance(held, torch.Tensor)]
+                self.activations[part.step] = live.peak + sum(tensor.nbytes for tensor in held)
+                flow = output
 
     def _run(self, chain: Sequence[_Part]) -> dict[Step, float]:
         """Seconds of each step of one run."""
         clock = _Clock(self.model.device)
-        features = torch.empty(0)
+        flow: Flow | None = None
         for part in chain:
-            features = features if part.input is None else part.input
+            flow = part.input or flow
+            assert flow is not None  # the first part has an input
             clock.start()
-            features = part.run(features)
+            flow = part.run(flow)
             clock.stop()
         return dict(zip((part.step for part in chain), clock.seconds(), strict=True))
 
@@ -200,51 +207,55 @@ class _Parts:
         parts, reached = [], -1  # the cut that the part before leads to
         if "stem" in held:
             step = Step("stem", anchor)
-            parts.append(_Part(step, partial(model.run_step, step), self.pixel_values))
+            parts.append(_Part(step, partial(model.run_step, step), model.start(self.pixel_values)))
             reached = 0
         for block in sorted(part for part in held if isinstance(part, int)):
             step = Step("block", anchor, block)
-            features = None if reached == block else self._features(anchor, block)
-            parts.append(_Part(step, partial(model.run_step, step), features))
+            flow = None if reached == block else self._flow(anchor, block)
+            parts.append(_Part(step, partial(model.run_step, step), flow))
             reached = block + 1
         depth = self.shapes[anchor].depth
         last_steps = {model.steps(stitch.id)[-1] for stitch in model.stitches}
         for step in sorted(step for step in last_steps if step.anchor == anchor):
-            features = None if reached == depth else self._features(anchor, depth)
-            parts.append(_Part(step, partial(self._run_to_logits, step), features))
+            flow = None if reached == depth else self._flow(anchor, depth)
+            parts.append(_Part(step, partial(self._run_to_logits, step), flow))
             reached = -1
         return parts
 
-    def _run_to_logits(self, step: Step, features: torch.Tensor) -> torch.Tensor:
+    def _run_to_logits(self, step: Step, flow: Flow) -> Flow:
         """The last step and the head, taken as one: wherever the one runs, the other follows."""
-        return self.model.run_head(step.anchor, self.model.run_step(step, features))
+        flow = self.model.run_step(step, flow)
+        return flow._replace(features=self.model.run_head(step.anchor, flow.features))
 
     def _part_of_layer(self, name: str) -> _Part:
-        return _Part(
-            Step("layer", layer=name), self.model.get_stitching_layer(name), self._features(*self.layers[name])
-        )
+        step, anchor, stop = self.layers[name]
+        return _Part(step, partial(self.model.run_step, step), self._flow(anchor, stop))
 
     def _kinds_of_layers(self) -> dict[tuple, list[str]]:
         """Names of the stitching layers that do the same work, by what they map from and to."""
         kinds: dict[tuple, list[str]] = {}
-        for name, (anchor, stop) in self.layers.items():
-            layer = self.model.get_stitching_layer(name)
-            kinds.setdefault((anchor, self.shapes[anchor].cuts[stop], *layer.weight.shape), []).append(name)
+        for name, (step, anchor, _) in self.layers.items():
+            arguments = self.model.get_stitching_layer(name).arguments
+            kinds.setdefault((anchor, step.anchor, arguments), []).append(name)
         return kinds
 
-    def _features(self, anchor: int, cut: int) -> torch.Tensor:
-        """Zeros in the shape of what flows through a cut of an anchor."""
+    def _flow(self, anchor: int, cut: int) -> Flow:
+        """Zeros in the shape of what flows through a cut of an anchor, and the context that its blocks need."""
         shape = self.shapes[anchor]
         channels, height, width = shape.cuts[cut]
         size = {
             "NCHW": (channels, height, width),
             "NHWC": (height, width, channels),
             "NLC": (shape.prefix_tokens + height * width, channels),
+            "UNITS": (height * width, channels),
         }[shape.layout]
-        return torch.zeros(self.batch_size, *size, device=self.model.device, dtype=self.model.dtype)
+        features = torch.zeros(self.batch_size, *size, device=self.model.device, dtype=self.model.dtype)
+        chain, pixel_values = self.model.chains[anchor], self.model.start(self.pixel_values).pixel_values
+        return chain.enter(self.model.anchors[anchor], features, pixel_values, (height, width))
 
     def _weigh(self) -> dict[Step, int]:
         weights = {part.step: 0 for chain in self.chains for part in chain}
+        entered: dict[tuple[int, Part], int] = {}  # what an anchor needs beside its blocks where a stitch enters it
         for anchor, chain in self.model.chains.items():
             for name, tensor in _tensors(self.model.anchors[anchor]):
                 part = chain.part_of(name)
@@ -252,13 +263,21 @@ class _Parts:
                 steps += [Step(kind, anchor) for kind in _STEPS_OF_PART.get(part, ())]
                 for step in set(steps) & set(weights):
                     weights[step] += tensor.nbytes
-        for name in self.layers:
+                entered[anchor, part] = entered.get((anchor, part), 0) + tensor.nbytes
+        for name, (step, _, _) in self.layers.items():
             layer = self.model.get_stitching_layer(name)
-            weights[Step("layer", layer=name)] = sum(tensor.nbytes for _, tensor in _tensors(layer))
+            weights[step] = sum(tensor.nbytes for _, tensor in _tensors(layer))
+            weights[step] += entered.get((step.anchor, "context"), 0)
+            weights[step] += entered.get((step.anchor, "prefix"), 0) if layer.needs_own_prefix else 0
         return weights
 
 
-_STEPS_OF_PART: dict[str | int, tuple[str, ...]] = {"stem": ("stem",), "head": ("neck", "bare")}
+_STEPS_OF_PART: dict[Part, tuple[str, ...]] = {
+    "stem": ("stem",),
+    "prefix": ("stem",),
+    "context": ("stem",),
+    "head": ("neck", "bare"),
+}
 
 
 class _Clock:

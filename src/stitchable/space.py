@@ -2,21 +2,32 @@
 
 Section 3.2 of Stitchable Neural Networks (Pan et al., CVPR 2023): sliding windows between anchors of equal depth,
 nearest interpolation between anchors of unequal depth, stage by stage. In the paper's notation a position "(j, k)" runs
-front blocks 0..j and back blocks k..L-1 of a stage.
+front blocks 0..j and back blocks k..L-1 of a stage. Anchors whose stages differ (a ResNet and a ViT) meet where their
+grids are equal: the blocks of each that leave one grid are a stage then.
 
 Ids are explicit and stable: the anchors first, then for each stage, for each pair of anchors, the positions in window
 order, then the chains through more than two anchors.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
-from typing import Literal
+from itertools import combinations, groupby, pairwise
+from typing import Literal, NamedTuple
 
-from stitchable.model.routes import AnchorShape, Segment, Stitch, layer_name
+from stitchable.model.routes import AnchorShape, Segment, Stitch, layer_name, why_not_joined
 
 Direction = Literal["fast_to_slow", "slow_to_fast", "both"]
 Pairs = Literal["all", "forward"]
+Resize = Literal["bilinear"]
+
+
+class Run(NamedTuple):
+    """Blocks of an anchor, as many as `depth` from `start` on, that take part in a stage, and the grid they leave."""
+
+    start: int
+    depth: int
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ def enumerate_stitches(
     direction: Direction = "fast_to_slow",
     nearest: bool = True,
     pairs: Pairs | None = None,
+    resize: Resize | None = None,
 ) -> list[Stitch]:
     """Every stitch of a family, without costs.
 
@@ -47,29 +59,35 @@ def enumerate_stitches(
         kernel_size: blocks in a sliding window (equal depths); the positions of a window share a stitching layer.
         stride: blocks from one window to the next.
         stages: the stages to stitch in, counted from 0; None means all but the last of a hierarchical model (section
-            4.1), the only one of a plain model.
+            4.1), the only one of a plain model. Where the anchors' stages differ, the grids on which two of them meet
+            are counted instead, the largest first, and None means all.
         direction: "fast_to_slow" goes from smaller to larger anchors, "slow_to_fast" back, "both" does both.
         nearest: whether to join only neighbours in FLOPs; otherwise all pairs, and chains through more than two.
         pairs: "all" positions of a window, also those that repeat depth (the authors' choice for plain models and the
-            default there), or "forward", only positions whose back starts beyond the front's last block (their choice
-            for hierarchical models and the default there).
+            default where an anchor is one), or "forward", only positions whose back starts beyond the front's last
+            block (their choice for hierarchical models and the default there). A stage without any such position, as
+            one of single blocks, is joined at its end.
+        resize: "bilinear" to join cuts of different grids too, those of the nearest stages; None for equal grids only.
 
     Raises:
-        ValueError: fewer than two anchors, an argument out of range, different numbers of stages, or an empty space.
+        ValueError: fewer than two anchors, an argument out of range, or an empty space.
     """
-    stages = _check_arguments(anchors, kernel_size, stride, stages, direction, pairs)
+    _check_arguments(anchors, kernel_size, stride, direction, pairs, resize)
+    meetings = stages_of(anchors, resize)
+    stages = _check_stages(anchors, stages, len(meetings), resize)
     pairs = pairs or default_pairs(anchors)
 
     positions: list[Position] = []
     for stage in stages:
         for front, back in _anchor_pairs(len(anchors), direction, nearest):
-            first_index = len({p.layer for p in positions if (p.front, p.back) == (front, back)})
-            positions += _positions(anchors, front, back, stage, kernel_size, stride, pairs, first_index)
+            if (front, back) in meetings[stage]:
+                first_index = len({p.layer for p in positions if (p.front, p.back) == (front, back)})
+                runs = meetings[stage][front, back]
+                positions += _positions(anchors, front, back, runs, kernel_size, stride, pairs, resize, first_index)
     if not positions:
         raise ValueError(
-            f"this space has no stitch: no two cuts of equal grid and prefix tokens with kernel_size={kernel_size}, "
-            f"stride={stride}, stages={list(stages)}, direction={direction!r}, pairs={pairs!r}; "
-            "try other stages, or pairs='all'"
+            f"this space has no stitch with kernel_size={kernel_size}, stride={stride}, stages={list(stages)}, "
+            f"direction={direction!r}, pairs={pairs!r}, resize={resize!r}. {_why_empty(anchors, resize)}"
         )
 
     depths = [anchor.depth for anchor in anchors]
@@ -83,24 +101,93 @@ def enumerate_stitches(
     return stitches
 
 
-def default_stages(anchors: Sequence[AnchorShape]) -> Sequence[int]:
-    """All stages but the last of a hierarchical model (section 4.1 of the paper), the only one of a plain model."""
-    return range(max(1, len(anchors[0].stages) - 1))
+def stages_of(
+    anchors: Sequence[AnchorShape], resize: Resize | None = None
+) -> list[Mapping[tuple[int, int], tuple[Run, Run]]]:
+    """The stages of a family: which blocks of both anchors of a pair take part in each.
+
+    Anchors with the same stages meet stage by stage, others where their grids are equal (nearest, if they are resized).
+    """
+    pairs = [pair for a, b in combinations(range(len(anchors)), 2) for pair in ((a, b), (b, a))]
+    runs = [_runs_of_stages(anchor) for anchor in anchors]
+    if len({tuple(run.grid for run in stages) for stages in runs}) == 1:
+        return [{(a, b): (runs[a][stage], runs[b][stage]) for a, b in pairs} for stage in range(len(runs[0]))]
+    runs = [_runs_of_grids(anchor) for anchor in anchors]
+    by_grid: dict[tuple[int, int], dict[tuple[int, int], tuple[Run, Run]]] = {}
+    for a, b in pairs:
+        for mine, other in _meetings(runs[a], runs[b], resize):
+            by_grid.setdefault(min(mine.grid, other.grid, key=math.prod), {})[a, b] = mine, other
+    return [by_grid[grid] for grid in sorted(by_grid, key=math.prod, reverse=True)]
+
+
+def default_stages(anchors: Sequence[AnchorShape], resize: Resize | None = None) -> Sequence[int]:
+    """All stages but the last of a hierarchical model (section 4.1 of the paper), else all there are."""
+    by_stage = len({tuple(run.grid for run in _runs_of_stages(anchor)) for anchor in anchors}) == 1
+    return range(max(1, len(anchors[0].stages) - 1) if by_stage else len(stages_of(anchors, resize)))
 
 
 def default_pairs(anchors: Sequence[AnchorShape]) -> Pairs:
     """What the authors chose: "all" for plain models, "forward" for hierarchical ones."""
-    return "all" if len(anchors[0].stages) == 1 else "forward"
+    return "all" if any(len(anchor.stages) == 1 for anchor in anchors) else "forward"
+
+
+def _runs_of_stages(anchor: AnchorShape) -> list[Run]:
+    stops = [sum(anchor.stages[: stage + 1]) for stage in range(len(anchor.stages))]
+    return [
+        Run(stop - depth, depth, (anchor.cuts[stop].height, anchor.cuts[stop].width))
+        for stop, depth in zip(stops, anchor.stages, strict=True)
+    ]
+
+
+def _runs_of_grids(anchor: AnchorShape) -> list[Run]:
+    runs, start = [], 0
+    for grid, cuts in groupby((cut.height, cut.width) for cut in anchor.cuts[1:]):
+        depth = len(list(cuts))
+        runs.append(Run(start, depth, grid))
+        start += depth
+    return runs
+
+
+def _meetings(runs: Sequence[Run], others: Sequence[Run], resize: Resize | None) -> Iterator[tuple[Run, Run]]:
+    """The pairs of equal grid; with `resize`, each run of the anchor with fewer of them and the nearest other one."""
+    if resize is None:
+        yield from ((run, other) for run in runs for other in others if run.grid == other.grid)
+        return
+
+    def nearest(run: Run, candidates: Sequence[Run]) -> Run:
+        return min(candidates, key=lambda other: abs(math.log(math.prod(run.grid) / math.prod(other.grid))))
+
+    if len(runs) <= len(others):
+        yield from ((run, nearest(run, others)) for run in runs)
+    else:
+        yield from ((nearest(other, runs), other) for other in others)
+
+
+def _why_empty(anchors: Sequence[AnchorShape], resize: Resize | None) -> str:
+    grids = ["/".join(f"{h}x{w}" for h, w in dict.fromkeys((c.height, c.width) for c in a.cuts)) for a in anchors]
+    reasons = {
+        why_not_joined(front, stop, back, start, resize)
+        for front, back in combinations(anchors, 2)
+        for stop in range(1, front.depth)
+        for start in range(1, back.depth)
+    } - {None}
+    other = [reason for reason in reasons if reason and "equal grids" not in reason]
+    if other:
+        return other[0]
+    hint = "try other stages, or pairs='all'" + (
+        "" if resize else ", or resize='bilinear', which joins different grids"
+    )
+    return f"The grids of the anchors are {' and '.join(grids)}; {hint}"
 
 
 def _check_arguments(
     anchors: Sequence[AnchorShape],
     kernel_size: int,
     stride: int,
-    stages: Sequence[int] | None,
     direction: str,
     pairs: str | None,
-) -> Sequence[int]:
+    resize: str | None,
+) -> None:
     if len(anchors) < 2:
         raise ValueError(f"stitching needs at least two anchors, got {len(anchors)}")
     for name, value in (("kernel_size", kernel_size), ("stride", stride)):
@@ -110,16 +197,19 @@ def _check_arguments(
         raise ValueError(f"direction must be 'fast_to_slow', 'slow_to_fast' or 'both', got {direction!r}")
     if pairs not in (None, "all", "forward"):
         raise ValueError(f"pairs must be 'all', 'forward' or None, got {pairs!r}")
-    num_stages = [len(anchor.stages) for anchor in anchors]
-    if len(set(num_stages)) > 1:
-        raise ValueError(
-            f"the anchors have {num_stages} stages; stitching stage by stage needs the same number in each "
-            "(for other families write the routes of the config by hand)"
-        )
+    if resize not in (None, "bilinear"):
+        raise ValueError(f"resize must be 'bilinear' or None, got {resize!r}")
+
+
+def _check_stages(
+    anchors: Sequence[AnchorShape], stages: Sequence[int] | None, num_stages: int, resize: Resize | None
+) -> Sequence[int]:
+    if not num_stages:
+        raise ValueError(f"the anchors meet nowhere. {_why_empty(anchors, resize)}")
     if stages is None:
-        return default_stages(anchors)
-    if len(set(stages)) != len(stages) or any(type(s) is not int or not 0 <= s < num_stages[0] for s in stages):
-        raise ValueError(f"stages must be distinct numbers out of 0..{num_stages[0] - 1}, got {list(stages)}")
+        return default_stages(anchors, resize)
+    if len(set(stages)) != len(stages) or any(type(s) is not int or not 0 <= s < num_stages for s in stages):
+        raise ValueError(f"stages must be distinct numbers out of 0..{num_stages - 1}, got {list(stages)}")
     return sorted(stages)
 
 
@@ -137,15 +227,15 @@ def _positions(
     anchors: Sequence[AnchorShape],
     front: int,
     back: int,
-    stage: int,
+    runs: tuple[Run, Run],
     kernel_size: int,
     stride: int,
     pairs: str,
+    resize: Resize | None,
     first_index: int,
 ) -> Iterator[Position]:
     """The positions of one pair in one stage; their layers are numbered from `first_index`."""
-    front_depth, back_depth = anchors[front].stages[stage], anchors[back].stages[stage]
-    front_offset, back_offset = sum(anchors[front].stages[:stage]), sum(anchors[back].stages[:stage])
+    (front_start, front_depth, _), (back_start, back_depth, _) = runs
     windows = (
         _sliding_windows(front_depth, kernel_size, stride)
         if front_depth == back_depth
@@ -154,19 +244,31 @@ def _positions(
     # "Beyond the front's last block" counts blocks from the stems where the back is the deeper (the authors' j < k),
     # and from the heads where the front is the deeper: the same rule seen in a mirror.
     forward_margin = min(0, back_depth - front_depth)
+    cuts = [
+        (window, front_start + j + 1, back_start + k)
+        for window, (j, k) in windows
+        if pairs == "all" or k - j > forward_margin
+    ]
+    joined = [cut for cut in cuts if _can_join(anchors[front], cut[1], anchors[back], cut[2], runs, resize)]
+    if not joined:
+        end = (0, front_start + front_depth, back_start + back_depth)
+        joined = [end] if _can_join(anchors[front], end[1], anchors[back], end[2], runs, resize) else []
     layers: dict[tuple[int, int, int], str] = {}
-    for window, (j, k) in windows:
-        if pairs == "forward" and not k - j > forward_margin:
-            continue
-        stop, start = front_offset + j + 1, back_offset + k
-        source, target = anchors[front].cuts[stop], anchors[back].cuts[start]
-        same_prefix = anchors[front].prefix_tokens == anchors[back].prefix_tokens
-        if not same_prefix or (source.height, source.width) != (target.height, target.width):
-            continue  # e.g. a back stage entered before its downsampling: nothing a 1x1 convolution can join
+    for window, stop, start in joined:
         # One layer per window; where a window spans a change of width (a stem narrower than its stage), one per width.
-        key = (window, source.channels, target.channels)
+        key = (window, anchors[front].cuts[stop].channels, anchors[back].cuts[start].channels)
         layers.setdefault(key, layer_name(front, back, first_index + len(layers)))
         yield Position(front, stop, back, start, layers[key])
+
+
+def _can_join(
+    front: AnchorShape, stop: int, back: AnchorShape, start: int, runs: tuple[Run, Run], resize: Resize | None
+) -> bool:
+    if start >= back.depth or why_not_joined(front, stop, back, start, resize) is not None:
+        return False
+    # A back stage is not entered before its downsampling, not even where features could be resized to what is there.
+    grids = [(cut.height, cut.width) for cut in (front.cuts[stop], back.cuts[start])]
+    return grids[0] == grids[1] or grids == [run.grid for run in runs]
 
 
 def _sliding_windows(depth: int, kernel_size: int, stride: int) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -1,28 +1,18 @@
-"""A timm classifier (https://github.com/huggingface/pytorch-image-models) seen as a chain: stem, L blocks, head.
+"""A classifier seen as a chain: stem, L blocks, head; usually one of timm's (https://github.com/huggingface/pytorch-image-models).
 
-An `Adapter` says where these parts are in the models of one timm class, in a few names; the layers themselves, their
-parameter names and their arithmetic stay timm's. A `Chain` is that description resolved for one model and runs it.
+An `Adapter` says where these parts are in the models of one class, in a few names; the layers themselves, their
+parameter names and their arithmetic stay the model's. A `Chain` is that description resolved for one model and runs it.
+The descriptions of timm's classes are in adapters.py.
 """
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
-from timm.models.convnext import ConvNeXt
-from timm.models.efficientnet import EfficientNet
-from timm.models.levit import Levit
-from timm.models.mobilenetv3 import MobileNetV3
-from timm.models.regnet import RegNet
-from timm.models.resnet import ResNet
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Layout(str, Enum):
@@ -31,13 +21,38 @@ class Layout(str, Enum):
     NCHW = "NCHW"
     NHWC = "NHWC"
     NLC = "NLC"  # prefix tokens first, then the grid row by row
+    UNITS = "UNITS"  # tokens (N, L, C) in the order of Hiera's mask units; meets its like only
 
 
 TimmModel = Any
 """An `nn.Module` with timm's `forward_features` and `forward_head`, which timm gives no type of its own."""
 
-Operation = str | Callable[[TimmModel, torch.Tensor], torch.Tensor]
-"""A step of a stem or neck: the name of a submodule or method, or a function of the model and its features."""
+Grid = tuple[int, int]
+"""Height and width of the grid that features live on."""
+
+Operation = str | Callable[[TimmModel, torch.Tensor], Any]
+"""A step of a part: a submodule or method, which is called, or a parameter, which is added (a position embedding), by
+name; one that is None in a model is passed over. Or a function of the model and its features. An operation of a stem
+may return a tuple: the features, and the context of the blocks."""
+
+Block = tuple[Operation, ...]
+
+Part = str | int
+"""What of a model is needed together: "stem", "prefix" (own prefix tokens), "context", a number of a block, "head"."""
+
+
+class Flow(NamedTuple):
+    """What flows through a stitch at one cut.
+
+    Attributes:
+        features: in the layout of the current anchor.
+        pixel_values: the images (N, C, H, W), for the context of an anchor that is entered.
+        context: what the blocks of the current anchor get besides: rotary embeddings, sizes, a second stream.
+    """
+
+    features: torch.Tensor
+    pixel_values: torch.Tensor
+    context: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,126 +62,31 @@ class Adapter:
     Attributes:
         layout: the layout of the features from the stem to the last block.
         stem: what turns pixel values into the features of cut 0, in order.
-        stages: names of the stages; "layers.*" stands for every child of `layers`. A stage is a module with a child
-            `blocks` (what stands before it, such as `downsample`, then belongs to the stage's first block, and what
-            stands after it to the last), or else a sequence of blocks.
-        neck: what follows the last block before timm's `forward_head`, such as a final norm. It belongs to the head.
-        stem_modules: further submodules that the operations of the stem use.
+        stages: the stages, each the name of a module or a tuple of blocks. "layers.*" stands for every child of
+            `layers`. A stage with a child `blocks` has these as its blocks (what stands before them, such as
+            `downsample`, belongs to the first, and what stands after them to the last); else every child is a block.
+        neck: what follows the last block before the head, such as a final norm. It belongs to the head.
+        head: what turns the features into logits, the classifier last; empty for timm's own `forward_head`.
+        prefix: parameters (1, tokens, C) that the stem puts in front of the grid (layout NLC), in order.
+        call: how the operation of a block is called, if not as `operation(features, *context)`: a function of the
+            model, the operation, the number of the block, the features and the context. It returns the features, or a
+            tuple of the features and the context of the next block.
+        context: what the blocks need besides the features, when the stem returns none and when a stitch enters the
+            anchor in its middle: a function of the model, the features, the pixel values and the grid (None after the
+            anchor's own stem) that returns a tuple.
+        uses: further submodules and parameters of the parts "stem", "context", and "head", which their functions and
+            methods use. What no part names is the stem's if the model itself owns it, and the head's otherwise.
     """
 
     layout: Layout
     stem: tuple[Operation, ...]
-    stages: tuple[str, ...]
+    stages: tuple[str | tuple[Block, ...], ...]
     neck: tuple[Operation, ...] = ()
-    stem_modules: tuple[str, ...] = ()
-
-
-def _tokens_of_grid(model: TimmModel, x_NCHW: torch.Tensor) -> torch.Tensor:
-    return x_NCHW.flatten(2).transpose(1, 2)
-
-
-def _levit(model: TimmModel) -> Adapter:
-    if model.use_conv:
-        return Adapter(Layout.NCHW, stem=("stem",), stages=("stages.*",))
-    return Adapter(Layout.NLC, stem=("stem", _tokens_of_grid), stages=("stages.*",))
-
-
-# Class of the timm model -> its adapter, or a function that picks one for a model.
-_ADAPTERS: dict[type[nn.Module], Adapter | Callable[[TimmModel], Adapter]] = {
-    VisionTransformer: Adapter(  # ViT, DeiT (also distilled), and others with prefix tokens
-        Layout.NLC,
-        stem=("patch_embed", "_pos_embed", "patch_drop", "norm_pre"),
-        stages=("blocks",),
-        neck=("norm",),
-        stem_modules=("pos_drop",),
-    ),
-    SwinTransformer: Adapter(Layout.NHWC, stem=("patch_embed",), stages=("layers.*",), neck=("norm",)),
-    ResNet: Adapter(
-        Layout.NCHW, stem=("conv1", "bn1", "act1", "maxpool"), stages=("layer1", "layer2", "layer3", "layer4")
-    ),
-    Levit: _levit,
-    ConvNeXt: Adapter(Layout.NCHW, stem=("stem",), stages=("stages.*",), neck=("norm_pre",)),
-    RegNet: Adapter(Layout.NCHW, stem=("stem",), stages=("s1", "s2", "s3", "s4"), neck=("final_conv",)),
-    EfficientNet: Adapter(Layout.NCHW, stem=("conv_stem", "bn1"), stages=("blocks.*",), neck=("conv_head", "bn2")),
-    MobileNetV3: Adapter(Layout.NCHW, stem=("conv_stem", "bn1"), stages=("blocks.*",)),
-}
-
-
-def register_anchor(model_class: type[nn.Module], adapter: Adapter | Callable[[TimmModel], Adapter]) -> None:
-    """Make the timm models of a class stitchable.
-
-    Args:
-        model_class: the class that `timm.create_model` returns. Subclasses are served too, as long as they inherit its
-            `forward_features`.
-        adapter: where the parts of its models are, or a function that says so for one model.
-
-    The registration holds for this process: a checkpoint of such models loads where the same call was made before.
-    """
-    _ADAPTERS[model_class] = adapter
-
-
-def supported_classes() -> list[str]:
-    """Names of the model classes that have an adapter."""
-    return sorted(model_class.__name__ for model_class in _ADAPTERS)
-
-
-def find_adapter(model: TimmModel) -> Adapter:
-    """The adapter for the class of a timm model.
-
-    Raises:
-        ValueError: no adapter serves its class.
-    """
-    for base in type(model).__mro__[:-1]:
-        # A subclass with a forward of its own may compose its parts in another way.
-        adapter = _ADAPTERS.get(base)
-        if adapter and type(model).forward_features is getattr(base, "forward_features", None):
-            return adapter if isinstance(adapter, Adapter) else adapter(model)
-    raise ValueError(
-        f"models of class {type(model).__name__} cannot be stitched yet; supported are "
-        f"{', '.join(supported_classes())}. "
-        "Describe its parts in an Adapter and pass both to stitchable.register_anchor(model_class, adapter)"
-    )
-
-
-def is_known(architecture: str) -> bool:
-    """Whether timm has this architecture in this process, or asks the Hub for it ("hf-hub:...")."""
-    return ":" in architecture or timm.is_model(architecture.split("/")[-1].split(".")[0])
-
-
-def create_timm_model(
-    architecture: str, kwargs: Mapping[str, Any] | None = None, *, num_classes: int | None, pretrained: bool = False
-) -> TimmModel:
-    """`timm.create_model` with an error that helps; `num_classes=None` means the architecture's own.
-
-    Raises:
-        ValueError: timm does not know the architecture (the nearest names are suggested) or refuses the kwargs.
-    """
-    if not isinstance(architecture, str):
-        raise ValueError(f"an architecture is the name of a timm model, got {architecture!r}")
-    name = architecture.split("/")[-1].split(".")[0]
-    if not is_known(architecture):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(
-            f"timm {timm.__version__} has no model {architecture!r}"
-            + (f"; the nearest are {', '.join(near)}" if near else "; timm.list_models() lists them all")
-        )
-    # Most of the time of building a model on the meta device would go into initialising what has no values.
-    without_values = _NoValues() if torch.get_default_device().type == "meta" else nullcontext()
-    try:
-        with without_values:
-            return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **(kwargs or {}))
-    except (TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"timm cannot make {architecture!r} with {dict(kwargs or {})}: {error}") from error
-
-
-class _NoValues(TorchDispatchMode):
-    """Leave out operations that only change the values of a meta tensor, which has none."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        changes_values = func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags
-        if changes_values and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+    head: tuple[Operation, ...] = ()
+    prefix: tuple[str, ...] = ()
+    call: Callable[..., Any] | None = None
+    context: Callable[[TimmModel, torch.Tensor, torch.Tensor, Grid | None], tuple[Any, ...]] | None = None
+    uses: Mapping[Literal["stem", "context", "head"], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,106 +94,310 @@ class Chain:
     """The stem, blocks and head of one model, by name. Holds no modules, so it is the same for every copy of the model.
 
     Attributes:
-        layout: layout of the features between blocks.
-        prefix_tokens: tokens before the grid, 0 unless the layout is NLC.
+        adapter: the description it comes from.
+        model_class: name of the model's class, for messages.
+        prefix_names: what each prefix token is, such as "cls_token"; empty unless the layout is NLC.
         stages: number of blocks of each stage.
-        stem, neck: operations before and after the blocks.
-        blocks: the submodules of each block, in order.
-        stem_modules: every submodule of the model that the stem owns; what neither stem nor blocks own is the head's.
+        blocks: the operations of each block, in order.
+        owners: submodules and parameters by name, with the part that they belong to.
     """
 
-    layout: Layout
-    prefix_tokens: int
+    adapter: Adapter
+    model_class: str
+    prefix_names: tuple[str, ...]
     stages: tuple[int, ...]
-    stem: tuple[Operation, ...]
-    blocks: tuple[tuple[str, ...], ...]
-    neck: tuple[Operation, ...]
-    stem_modules: frozenset[Operation]
+    blocks: tuple[Block, ...]
+    owners: Mapping[str, Part]
 
     @classmethod
-    def of(cls, model: TimmModel) -> "Chain":
-        """Describe a timm model.
+    def of(cls, model: TimmModel, adapter: Adapter) -> "Chain":
+        """Describe a model.
 
         Raises:
-            ValueError: no adapter serves its class.
+            ValueError: the adapter names what the model lacks.
         """
-        adapter = find_adapter(model)
-        stages = [_blocks_of_stage(model, name) for pattern in adapter.stages for name in _expand(model, pattern)]
-        is_nlc = adapter.layout is Layout.NLC
+        try:
+            stages = [stage for pattern in adapter.stages for stage in _stages(model, pattern)]
+            prefix = [(name, tokens) for name in adapter.prefix if (tokens := _find(model, name)) is not None]
+            blocks = tuple(block for stage in stages for block in stage)
+            for operation in {
+                *adapter.stem,
+                *adapter.neck,
+                *adapter.head,
+                *(part for block in blocks for part in block),
+            }:
+                if isinstance(operation, str):
+                    attrgetter(operation)(model)
+        except AttributeError as error:
+            raise ValueError(
+                f"the adapter of {type(model).__name__} names a part that this model lacks: {error}"
+            ) from None
         return cls(
-            layout=adapter.layout,
-            prefix_tokens=getattr(model, "num_prefix_tokens", 0) if is_nlc else 0,
+            adapter=adapter,
+            model_class=type(model).__name__,
+            prefix_names=tuple(name.split(".")[-1] for name, tokens in prefix for _ in range(tokens.shape[1])),
             stages=tuple(len(stage) for stage in stages),
-            stem=adapter.stem,
-            blocks=tuple(block for stage in stages for block in stage),
-            neck=adapter.neck,
-            stem_modules=frozenset(dict(model.named_children())) & {*adapter.stem, *adapter.stem_modules},
+            blocks=blocks,
+            owners=_owners(model, adapter, blocks),
         )
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the features between blocks."""
+        return self.adapter.layout
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the grid."""
+        return len(self.prefix_names)
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
 
-    def run_stem(self, model: TimmModel, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixel values (N, C, H, W) to the features of cut 0."""
-        return _apply(model, self.stem, pixel_values)
+    def run_stem(self, model: TimmModel, pixel_values: torch.Tensor) -> Flow:
+        """Pixel values (N, C, H, W) to what flows at cut 0."""
+        features, context = pixel_values, None
+        for operation in self.adapter.stem:
+            result = _run(model, operation, features)
+            features, *rest = result if isinstance(result, tuple) else (result,)
+            context = rest or context
+        if context is None:
+            return self.enter(model, features, pixel_values, None)
+        return Flow(features, pixel_values, tuple(context))
 
-    def run_block(self, model: TimmModel, index: int, features: torch.Tensor) -> torch.Tensor:
-        """Features of cut `index` to those of cut `index + 1`."""
-        for name in self.blocks[index]:
-            features = model.get_submodule(name)(features)
+    def enter(self, model: TimmModel, features: torch.Tensor, pixel_values: torch.Tensor, grid: Grid | None) -> Flow:
+        """What flows at a cut of this anchor where features come in from another; `grid` is that of the cut."""
+        context = self.adapter.context
+        return Flow(features, pixel_values, () if context is None else context(model, features, pixel_values, grid))
+
+    def run_block(self, model: TimmModel, index: int, flow: Flow) -> Flow:
+        """What flows at cut `index` to what flows at cut `index + 1`."""
+        features, pixel_values, context = flow
+        for operation in self.blocks[index]:
+            part = attrgetter(operation)(model) if isinstance(operation, str) else operation
+            if self.adapter.call is not None:
+                result = self.adapter.call(model, part, index, features, *context)
+            elif isinstance(part, nn.Module):
+                result = part(features, *context)
+            else:
+                result = _run(model, operation, features)
+            features, *rest = result if isinstance(result, tuple) else (result, *context)
+            context = tuple(rest)
+        return Flow(features, pixel_values, context)
+
+    def run_neck(self, model: TimmModel, flow: Flow) -> Flow:
+        """What flows at cut L to what timm's `forward_features` returns."""
+        features = flow.features
+        for operation in self.adapter.neck:
+            features = _run(model, operation, features)
+        return flow._replace(features=features)
+
+    def run_head(self, model: TimmModel, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features after the neck to logits (N, num_labels), or to what the classifier gets."""
+        head = self.adapter.head
+        if not head:
+            return model.forward_head(features, pre_logits=pre_logits)
+        for operation in head[:-1] if pre_logits else head:
+            features = _run(model, operation, features)
         return features
 
-    def run_neck(self, model: TimmModel, features: torch.Tensor) -> torch.Tensor:
-        """Features of cut L to what timm's `forward_features` returns."""
-        return _apply(model, self.neck, features)
+    def own_prefix(self, model: TimmModel) -> torch.Tensor:
+        """The prefix tokens (1, tokens, C) of cut 0, for features that come without."""
+        named = [_find(model, name) for name in self.adapter.prefix]
+        tokens = torch.cat([token for token in named if token is not None], dim=1)
+        for name in ("pos_embed", "patch_pos"):
+            positions = getattr(model, name, None)
+            if positions is not None and positions.ndim == 3 and not getattr(model, "no_embed_class", False):
+                tokens = tokens + positions[:, : tokens.shape[1]]
+        return _run(model, "norm_pre", tokens) if hasattr(model, "norm_pre") else tokens
 
-    def part_of(self, name: str) -> str | int:
-        """Which part owns the parameter or buffer `name`: "stem", the number of a block, or "head"."""
-        for index, block in enumerate(self.blocks):
-            if any(name.startswith(f"{owner}.") for owner in block):
-                return index
-        # What a model owns directly (class token, position embedding) enters in the stem.
-        return "stem" if "." not in name or name.split(".")[0] in self.stem_modules else "head"
+    def measure(self, features: Any, image_size: Sequence[int]) -> tuple[int, int, int]:
+        """Channels, and height and width of the grid, of the features at a cut, for images of (height, width) pixels.
 
-    def keep_only(self, model: TimmModel, parts: Collection[str | int]) -> None:
-        """Drop what the parts ("stem", "head", numbers of blocks) do not need; the names of the rest stay."""
-        if "stem" not in parts:
-            for name, _ in [*model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]:
-                setattr(model, name, None)
+        Raises:
+            ValueError: features of another rank or layout than the adapter declares.
+        """
+        declared = f"the adapter of {self.model_class} declares features {self.layout.value}"
+        on_grid = self.layout in (Layout.NCHW, Layout.NHWC)
+        if not isinstance(features, torch.Tensor) or features.ndim != (4 if on_grid else 3):
+            found = (
+                f"of shape {tuple(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
+            )
+            raise ValueError(f"{declared}, but found are some {found}")
+        if on_grid:
+            channels, height, width = (
+                features[0].shape if self.layout is Layout.NCHW else features[0].permute(2, 0, 1).shape
+            )
+        else:
+            tokens, channels = features.shape[1] - self.prefix_tokens, features.shape[2]
+            # The grid of tokens has the proportions of the image.
+            height = max(1, round((tokens * image_size[0] / image_size[1]) ** 0.5))
+            width = tokens // height
+            if tokens < 1 or tokens % height:
+                raise ValueError(
+                    f"{declared}, but {tokens} tokens after {self.prefix_tokens} prefix tokens are no grid with the "
+                    f"proportions of {image_size[0]}x{image_size[1]} pixels"
+                )
+        if image_size[0] == image_size[1] and height != width:
+            raise ValueError(f"{declared}, but square images give {tuple(features.shape)}, a grid of {height}x{width}")
+        return channels, height, width
+
+    def modules_of_blocks(self, model: TimmModel) -> dict[str, nn.Module]:
+        """The submodules that the blocks of a model consist of, by name."""
+        named = {part: attrgetter(part)(model) for block in self.blocks for part in block if isinstance(part, str)}
+        return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
+
+    def part_of(self, name: str) -> Part:
+        """Which part owns the submodule, parameter or buffer `name`."""
+        pieces = name.split(".")
+        for length in range(len(pieces), 0, -1):
+            part = self.owners.get(".".join(pieces[:length]))
+            if part is not None:
+                return part
+        return "head"
+
+    def keep_only(self, model: TimmModel, parts: Collection[Part]) -> None:
+        """Drop what the parts do not need; the names of the rest stay."""
         self._hollow_out(model, "", parts)
+        for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+            if self.part_of(name) not in parts:
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, None)
 
-    def _hollow_out(self, module: nn.Module, prefix: str, parts: Collection[str | int]) -> None:
+    def _hollow_out(self, module: nn.Module, prefix: str, parts: Collection[Part]) -> None:
         for name, child in list(module.named_children()):
-            path = f"{prefix}{name}."
-            if any(owner.startswith(path) for block in self.blocks for owner in block):
-                self._hollow_out(child, path, parts)
-            elif self.part_of(path) not in parts:
+            path = f"{prefix}{name}"
+            if any(owner.startswith(f"{path}.") for owner in self.owners):
+                self._hollow_out(child, f"{path}.", parts)
+            elif self.part_of(path) not in parts and [*child.parameters(), *child.buffers()]:
+                # What has no weights costs nothing, and other parts may use it too: a dropout of positions.
                 setattr(module, name, nn.Identity())
 
 
-def _apply(model: TimmModel, operations: Iterable[Operation], features: torch.Tensor) -> torch.Tensor:
-    for operation in operations:
-        features = getattr(model, operation)(features) if isinstance(operation, str) else operation(model, features)
-    return features
+def _find(model: TimmModel, name: str) -> Any:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute, None)
 
 
-def _expand(model: TimmModel, pattern: str) -> list[str]:
-    if not pattern.endswith(".*"):
+def _run(model: TimmModel, operation: Operation, features: torch.Tensor) -> Any:
+    if not isinstance(operation, str):
+        return operation(model, features)
+    part = attrgetter(operation)(model)
+    if part is None:
+        return features
+    return features + part if isinstance(part, nn.Parameter) else part(features)
+
+
+def _stages(model: TimmModel, pattern: str | tuple[Block, ...]) -> list[tuple[Block, ...]]:
+    if not isinstance(pattern, str):
         return [pattern]
+    if not pattern.endswith(".*"):
+        return [_blocks_of_stage(model, pattern)]
     container = pattern.removesuffix(".*")
-    return [f"{container}.{name}" for name, _ in model.get_submodule(container).named_children()]
+    return [
+        _blocks_of_stage(model, f"{container}.{name}") for name, _ in model.get_submodule(container).named_children()
+    ]
 
 
-def _blocks_of_stage(model: TimmModel, stage: str) -> list[tuple[str, ...]]:
+def _blocks_of_stage(model: TimmModel, stage: str) -> tuple[Block, ...]:
     children = [name for name, _ in model.get_submodule(stage).named_children()]
     if "blocks" not in children:
-        return [(f"{stage}.{name}",) for name in children]
-    blocks: list[tuple[str, ...]] = [
+        return tuple((f"{stage}.{name}",) for name in children)
+    # timm's stages all downsample first, wherever they list it.
+    place = children.index("blocks")
+    before = [name for name in children if name == "downsample" or children.index(name) < place]
+    after = [name for name in children[place + 1 :] if name not in before]
+    blocks: list[Block] = [
         (f"{stage}.blocks.{name}",) for name, _ in model.get_submodule(f"{stage}.blocks").named_children()
     ]
-    place = children.index("blocks")
-    blocks[0] = (*(f"{stage}.{name}" for name in children[:place]), *blocks[0])
-    blocks[-1] = (*blocks[-1], *(f"{stage}.{name}" for name in children[place + 1 :]))
-    return blocks
+    blocks[0] = (*(f"{stage}.{name}" for name in before), *blocks[0])
+    blocks[-1] = (*blocks[-1], *(f"{stage}.{name}" for name in after))
+    return tuple(blocks)
+
+
+def _owners(model: TimmModel, adapter: Adapter, blocks: Sequence[Block]) -> dict[str, Part]:
+    direct: Part = "prefix" if adapter.prefix else "stem"
+    owners: dict[str, Part] = {name: direct for name, _ in _own_tensors(model)}
+
+    def own(part: Part, operations: Sequence[Operation]) -> None:
+        owners.update({name: part for name in operations if isinstance(name, str)})
+
+    own("stem", adapter.stem)
+    own("head", (*adapter.neck, *adapter.head))
+    for index, block in enumerate(blocks):
+        own(index, block)
+    for part, names in (adapter.uses or {}).items():
+        own(part, names)
+    own("prefix", (*adapter.prefix, "norm_pre") if adapter.prefix else ())  # see own_prefix
+    return owners
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def check_chain(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> None:
+    """Compare a model, run once by its own `forward`, with its chain, block by block.
+
+    Args:
+        model: the model, in evaluation mode.
+        chain: its chain.
+        pixel_values: images (N, C, H, W) that it can take.
+
+    Raises:
+        ValueError: the composition of the parts is not what the model computes; names the block where they part.
+    """
+    name, image_size = chain.model_class, pixel_values.shape[2:]
+
+    def run(function: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
+        given: dict[str, Any] = {}
+
+        def watch(part: str) -> Callable[[nn.Module, Any], None]:
+            return lambda module, args: given.update({part: args})
+
+        hooks = [
+            module.register_forward_pre_hook(watch(part)) for part, module in chain.modules_of_blocks(model).items()
+        ]
+        try:
+            with torch.no_grad():
+                return given, function()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def compose() -> torch.Tensor:
+        flow = chain.run_stem(model, pixel_values)
+        chain.measure(flow.features, image_size)
+        for index in range(chain.depth):
+            try:
+                flow = chain.run_block(model, index, flow)
+                chain.measure(flow.features, image_size)
+            except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+                raise ValueError(
+                    f"{name} is no chain: block {index} cannot take what comes before it: {error}"
+                ) from error
+        return chain.run_head(model, chain.run_neck(model, flow).features)
+
+    (expected, output), (given, composed) = run(lambda: model(pixel_values)), run(compose)
+    for index, block in enumerate(chain.blocks):
+        for part in block:
+            if isinstance(part, str) and part in given and not _equal(expected.get(part), given[part]):
+                found = "gets something else" if part in expected else "is not run"
+                raise ValueError(
+                    f"{name} is no chain: in its own forward block {index} ({part}) {found} than what "
+                    f"{f'block {index - 1}' if index else 'the stem'} returns"
+                )
+    if not _equal(output, composed):
+        raise ValueError(
+            f"{name} is no chain: its blocks are, but its neck or head gives other logits than its forward"
+        )
+
+
+def _equal(expected: Any, given: Any) -> bool:
+    if isinstance(expected, torch.Tensor) and isinstance(given, torch.Tensor):
+        return expected.shape == given.shape and torch.equal(expected, given)
+    if isinstance(expected, tuple) and isinstance(given, tuple):
+        return all(map(_equal, expected[:1], given[:1])) and bool(expected) == bool(given)
+    return False

@@ -27,11 +27,13 @@ class StitchableConfig(PreTrainedConfig):
     Args:
         anchors: one entry per anchor, smallest first: `architecture` (a timm name), `kwargs` (for
             `timm.create_model`), `pretrained` (which weights it started from, or None), `depth` in blocks, `stages`
-            (blocks per stage), `cuts` ([channels, height, width] at cut 0..depth), `layout` and `prefix_tokens`.
+            (blocks per stage), `cuts` ([channels, height, width] at cut 0..depth), `layout`, `prefix_tokens` and
+            `prefix_names`.
         stitches: one entry per stitch: `id`, `route` ([anchor, start, stop] per segment), `layers` (the stitching
             layers between the segments), `flops` (multiply-adds plus normalisation terms per image), `params`, and once
             measured `latency_ms` and `metrics`.
         space: the settings that enumerated the stitches; provenance only.
+        resize: "bilinear" where stitching layers may join cuts of different grids.
         stitch_id: the stitch that runs when a call names none.
         image_size: [height, width] in pixels that the cuts and costs hold for.
         num_channels: channels of the image.
@@ -55,6 +57,7 @@ class StitchableConfig(PreTrainedConfig):
         anchors: Sequence[Mapping[str, Any]] = (),
         stitches: Sequence[Mapping[str, Any]] = (),
         space: Mapping[str, Any] | None = None,
+        resize: str | None = None,
         stitch_id: int | None = None,
         image_size: Sequence[int] = (224, 224),
         num_channels: int = 3,
@@ -69,6 +72,7 @@ class StitchableConfig(PreTrainedConfig):
         self.anchors = [dict(anchor) for anchor in anchors]
         self.stitches = [dict(stitch) for stitch in stitches]
         self.space = dict(space or {})
+        self.resize = resize
         self.stitch_id = stitch_id
         self.image_size = list(image_size)
         self.num_channels = num_channels
@@ -119,6 +123,8 @@ class StitchableConfig(PreTrainedConfig):
     def _check(self) -> None:
         shapes = [AnchorShape.from_dict(anchor) for anchor in self.anchors]
         stitches = [Stitch.from_dict(stitch) for stitch in self.stitches]
+        if self.resize not in (None, "bilinear"):
+            raise ValueError(f"resize is 'bilinear' or None, got {self.resize!r}")
         check_stitches(stitches, [shape.depth for shape in shapes])
         if self.stitch_id is None:
             self.stitch_id = stitches[-1].id

@@ -18,10 +18,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import logging
 
-from .anchors import Chain, Layout, TimmModel, create_timm_model, is_known
+from .adapters import ADAPTERS  # noqa: F401  # older transformers copy only what this file imports itself
+from .anchors import Chain, Flow, Part, TimmModel
+from .architectures import create_model, describe, is_known
 from .configuration_stitchable import StitchableConfig
 from .families import FAMILIES
-from .routes import AnchorShape, Segment, Stitch, best_within, find_stitch
+from .routes import AnchorShape, Stitch, best_within, carried_tokens, find_stitch, why_not_joined
 from .shards import find_shards, read_weights, split_weights
 from .stitching import StitchingLayer
 
@@ -34,7 +36,7 @@ _PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "revision"
 
 
 class Step(NamedTuple):
-    """One step of a stitch: a "stem", a "block", a stitching "layer", or what follows the last block.
+    """One step of a stitch: a "stem", a "block", a stitching "layer" into an anchor, or what follows the last block.
 
     That is a "neck" (final norm and the like), or "bare", which leaves the features as they are.
     """
@@ -170,35 +172,46 @@ class StitchablePreTrainedModel(PreTrainedModel):
         plan = self._plans.get(wanted) if type(wanted) is int else None
         return self._plans[self._find(wanted).id] if plan is None else plan
 
-    def run_step(self, step: Step, features: torch.Tensor) -> torch.Tensor:
-        """Run one step on the features (the pixel values, for a stem) that the step before it returned."""
-        if step.kind == "layer":
-            return self.get_stitching_layer(step.layer)(features)
+    def start(self, pixel_values: torch.Tensor) -> Flow:
+        """What flows before the first step of any stitch: pixel values (N, C, H, W), on the device of this model."""
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        return Flow(pixel_values, pixel_values)
+
+    def run_step(self, step: Step, flow: Flow) -> Flow:
+        """Run one step on what the step before it returned; the first one on `start(pixel_values)`."""
         if step.kind == "bare":
-            return features
+            return flow
         anchor: TimmModel = self.anchors[step.anchor]
         chain = self.chains[step.anchor]
+        if step.kind == "layer":
+            layer = self.get_stitching_layer(step.layer)
+            own_prefix = chain.own_prefix(anchor) if layer.needs_own_prefix else None
+            return chain.enter(anchor, layer(flow.features, own_prefix), flow.pixel_values, layer.target.grid)
         if step.kind == "block":
-            return chain.run_block(anchor, step.block, features)
-        return chain.run_stem(anchor, features) if step.kind == "stem" else chain.run_neck(anchor, features)
+            return chain.run_block(anchor, step.block, flow)
+        return chain.run_stem(anchor, flow.pixel_values) if step.kind == "stem" else chain.run_neck(anchor, flow)
 
     def run_head(self, anchor: int, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features after the last step to logits (N, num_labels), or to the pooled features before the classifier."""
-        model: TimmModel = self.anchors[anchor]
-        return model.forward_head(features, pre_logits=pre_logits)
+        return self.chains[anchor].run_head(self.anchors[anchor], features, pre_logits)
 
     def run_features(self, pixel_values: torch.Tensor, stitch_id: int | None = None) -> tuple[torch.Tensor, int]:
         """Run a stitch up to its head; returns the features and the anchor whose head follows."""
         steps = self.steps(stitch_id)
-        features = pixel_values.to(self.device, self.dtype)
+        flow = self.start(pixel_values)
         for step in steps:
             if self.gradient_checkpointing and self.training and step.kind == "block":
-                # Set by transformers with the flag.
+                # Set by transformers with the flag. One of its two kinds sees only tensors that are arguments.
                 checkpoint: Any = self._gradient_checkpointing_func
-                features = checkpoint(self.run_step, step, features)
+                features, *context = checkpoint(self._run_flat, step, flow.features, flow.pixel_values, *flow.context)
+                flow = Flow(features, flow.pixel_values, tuple(context))
             else:
-                features = self.run_step(step, features)
-        return features, steps[-1].anchor
+                flow = self.run_step(step, flow)
+        return flow.features, steps[-1].anchor
+
+    def _run_flat(self, step: Step, features: torch.Tensor, pixel_values: torch.Tensor, *context: Any) -> tuple:
+        flow = self.run_step(step, Flow(features, pixel_values, context))
+        return flow.features, *flow.context
 
     def get_stitching_layer(self, name: str) -> StitchingLayer:
         """The stitching layer named "FRONT-BACK.INDEX"."""
@@ -212,9 +225,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         Compiled whole, the model would be compiled anew for every stitch; blocks of one anchor share their code.
         """
         for number, chain in self.chains.items():
-            for block in chain.blocks:
-                for name in block:
-                    self.anchors[number].get_submodule(name).compile(**options)
+            for module in chain.modules_of_blocks(self.anchors[number]).values():
+                module.compile(**options)
 
     # ---------------------------------------------------------------- taking a stitch out
 
@@ -376,10 +388,10 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if not parts:
             return nn.Identity()
         entry, shape = self.config.anchors[index], self._shapes[index]
-        model = create_timm_model(
+        model = create_model(
             entry["architecture"], entry.get("kwargs"), num_classes=self.config.num_labels, pretrained=False
         )
-        chain = Chain.of(model)
+        chain = describe(model)
         actual = (chain.stages, chain.layout.value, chain.prefix_tokens)
         stated = (shape.stages, shape.layout, shape.prefix_tokens)
         if actual != stated:
@@ -391,48 +403,42 @@ class StitchablePreTrainedModel(PreTrainedModel):
         self.chains[index] = chain
         return model
 
-    def parts_of_anchor(self, index: int) -> set[str | int]:
-        """What this model holds of an anchor because some stitch uses it: "stem", "head", numbers of blocks."""
-        parts: set[str | int] = set()
+    def parts_of_anchor(self, index: int) -> set[Part]:
+        """What this model holds of an anchor because some stitch uses it."""
+        parts: set[Part] = set()
         for stitch in self.stitches:
             for position, segment in enumerate(stitch.route):
                 if segment.anchor == index:
-                    parts.update(range(segment.start, segment.stop))
-                    parts |= {"stem"} if position == 0 else set()
+                    parts |= {*range(segment.start, segment.stop), "context"}
+                    parts |= {"stem", "prefix"} if position == 0 else set()
                     parts |= {"head"} if position == len(stitch.route) - 1 else set()
+            for _, front, back in stitch.joints:
+                if back.anchor == index and None in carried_tokens(self._shapes[front.anchor], self._shapes[index]):
+                    parts.add("prefix")
         return parts
 
     def _build_stitching_layers(self) -> nn.ModuleDict:
-        shared: dict[str, tuple[int, int, Layout, Layout, tuple[int, int]]] = {}
+        shared: dict[str, StitchingLayer] = {}
         for stitch in self.stitches:
             for name, front, back in stitch.joints:
-                arguments = self._arguments_of_layer(stitch, front, back)
-                if shared.setdefault(name, arguments) != arguments:
+                source, target = self._shapes[front.anchor], self._shapes[back.anchor]
+                problem = why_not_joined(source, front.stop, target, back.start, self.config.resize)
+                if problem:
                     raise ValueError(
-                        f"stitch {stitch.id}: stitching layer {name} joins other cuts elsewhere: (channels in and out, "
-                        f"layouts, grid) would be {arguments}, there they are {shared[name]}"
+                        f"stitch {stitch.id}: cut {front.stop} of anchor {front.anchor} cannot be joined to cut "
+                        f"{back.start} of anchor {back.anchor}: {problem}"
+                    )
+                layer = StitchingLayer.between(source, front.stop, target, back.start)
+                if shared.setdefault(name, layer).arguments != layer.arguments:
+                    raise ValueError(
+                        f"stitch {stitch.id}: stitching layer {name} joins other cuts elsewhere: here it would join "
+                        f"{layer.arguments}, there {shared[name].arguments}"
                     )
         pairs: dict[str, dict[str, nn.Module]] = {}
-        for name, arguments in shared.items():
+        for name, layer in shared.items():
             pair, index = name.split(".")
-            pairs.setdefault(pair, {})[index] = StitchingLayer(*arguments)
+            pairs.setdefault(pair, {})[index] = layer
         return nn.ModuleDict({pair: nn.ModuleDict(members) for pair, members in pairs.items()})
-
-    def _arguments_of_layer(
-        self, stitch: Stitch, front: Segment, back: Segment
-    ) -> tuple[int, int, Layout, Layout, tuple[int, int]]:
-        source_shape, target_shape = self._shapes[front.anchor], self._shapes[back.anchor]
-        source, target = source_shape.cuts[front.stop], target_shape.cuts[back.start]
-        same_grid = (source.height, source.width) == (target.height, target.width)
-        if not same_grid or source_shape.prefix_tokens != target_shape.prefix_tokens:
-            raise ValueError(
-                f"stitch {stitch.id}: a stitching layer needs equal grids and prefix tokens, but cut {front.stop} of "
-                f"anchor {front.anchor} has {source.height}x{source.width} and {source_shape.prefix_tokens}, cut "
-                f"{back.start} of anchor {back.anchor} has {target.height}x{target.width} and "
-                f"{target_shape.prefix_tokens}"
-            )
-        layouts = Layout(source_shape.layout), Layout(target_shape.layout)
-        return source.channels, target.channels, *layouts, (source.height, source.width)
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return bool(self.config.return_dict if return_dict is None else return_dict)
@@ -514,7 +520,7 @@ def _is_of_a_library(model_class: type) -> bool:
 
 def _plan(stitch: Stitch) -> tuple[Step, ...]:
     steps = [Step("stem", stitch.route[0].anchor)]
-    for segment, layer in zip(stitch.route, (*stitch.layers, ""), strict=True):
+    for segment, layer, back in zip(stitch.route, (*stitch.layers, ""), (*stitch.route[1:], None), strict=True):
         steps += [Step("block", segment.anchor, block) for block in range(segment.start, segment.stop)]
-        steps += [Step("layer", layer=layer)] if layer else []
+        steps += [Step("layer", back.anchor, layer=layer)] if back else []
     return (*steps, Step("bare" if stitch.skips_neck else "neck", stitch.route[-1].anchor))

@@ -50,14 +50,16 @@ class AnchorShape:
     Attributes:
         stages: number of blocks of each stage; a plain transformer has one stage.
         cuts: what flows at cut 0..L, so one more than there are blocks.
-        layout: "NCHW", "NHWC" or "NLC", the layout of the features between blocks.
+        layout: the layout of the features between blocks: "NCHW", "NHWC", "NLC", or "UNITS" (tokens in Hiera's order).
         prefix_tokens: tokens before the grid (class, distillation, register tokens); 0 unless the layout is NLC.
+        prefix_names: what each of them is, such as "cls_token"; empty where it is not known.
     """
 
     stages: tuple[int, ...]
     cuts: tuple[Cut, ...]
     layout: str
     prefix_tokens: int = 0
+    prefix_names: tuple[str, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -66,13 +68,14 @@ class AnchorShape:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only, the form it has in `config.json`."""
-        return {
+        shape: dict[str, Any] = {
             "depth": self.depth,
             "stages": list(self.stages),
             "cuts": [list(cut) for cut in self.cuts],
             "layout": self.layout,
             "prefix_tokens": self.prefix_tokens,
         }
+        return {**shape, "prefix_names": list(self.prefix_names)} if self.prefix_names else shape
 
     @classmethod
     def from_dict(cls, anchor: Mapping[str, Any]) -> "AnchorShape":
@@ -84,8 +87,8 @@ class AnchorShape:
         missing = [key for key in ("architecture", "depth", "stages", "cuts", "layout") if key not in anchor]
         if missing:
             raise ValueError(f"an anchor of the config lacks {missing}; it has {sorted(anchor)}")
-        if anchor["layout"] not in ("NCHW", "NHWC", "NLC"):
-            raise ValueError(f"the layout of an anchor is 'NCHW', 'NHWC' or 'NLC', got {anchor['layout']!r}")
+        if anchor["layout"] not in ("NCHW", "NHWC", "NLC", "UNITS"):
+            raise ValueError(f"the layout of an anchor is 'NCHW', 'NHWC', 'NLC' or 'UNITS', got {anchor['layout']!r}")
         if not all(_is_list(cut) and len(cut) == 3 and all(type(n) is int for n in cut) for cut in anchor["cuts"]):
             raise ValueError(f"the cuts of an anchor are [channels, height, width] each, got {anchor['cuts']}")
         shape = cls(
@@ -93,6 +96,7 @@ class AnchorShape:
             cuts=tuple(Cut(*cut) for cut in anchor["cuts"]),
             layout=anchor["layout"],
             prefix_tokens=anchor.get("prefix_tokens", 0),
+            prefix_names=tuple(anchor.get("prefix_names", ())),
         )
         if shape.depth != anchor["depth"] or len(shape.cuts) != shape.depth + 1:
             raise ValueError(
@@ -101,6 +105,37 @@ class AnchorShape:
                 "one more"
             )
         return shape
+
+
+def carried_tokens(source: AnchorShape, target: AnchorShape) -> tuple[int | None, ...]:
+    """For each prefix token of `target` which one of `source` becomes it; None for those that `source` lacks.
+
+    The first class token becomes the first class token, and so on; where names are not known, they go by position.
+    """
+    if not (source.prefix_names and target.prefix_names):
+        return tuple(index if index < source.prefix_tokens else None for index in range(target.prefix_tokens))
+    places: dict[str, list[int]] = {}
+    for index, name in enumerate(source.prefix_names):
+        places.setdefault(name, []).append(index)
+    return tuple(places[name].pop(0) if places.get(name) else None for name in target.prefix_names)
+
+
+def why_not_joined(source: AnchorShape, stop: int, target: AnchorShape, start: int, resize: str | None) -> str | None:
+    """Why no stitching layer can join cut `stop` of one anchor to cut `start` of another; None if one can."""
+    before, after = source.cuts[stop], target.cuts[start]
+    if (source.layout == "UNITS") != (target.layout == "UNITS"):
+        return "tokens in the order of mask units (Hiera) meet a grid; they can be joined to their like only"
+    if (before.height, before.width) != (after.height, after.width) and (resize is None or source.layout == "UNITS"):
+        return (
+            f"a stitching layer needs equal grids, but there are {before.height}x{before.width} and "
+            f"{after.height}x{after.width}" + ("" if source.layout == "UNITS" else "; resize='bilinear' joins them")
+        )
+    if None in carried_tokens(source, target) and after.channels != target.cuts[0].channels:
+        return (
+            f"the back anchor needs {target.prefix_tokens} prefix tokens that the front lacks, and its own have the "
+            f"{target.cuts[0].channels} channels of its stem, not {after.channels}"
+        )
+    return None
 
 
 @dataclass(frozen=True)

@@ -3,57 +3,147 @@
 Section 3.2, "How to stitch", of Stitchable Neural Networks (Pan et al., CVPR 2023).
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .anchors import Layout
+from .anchors import Grid, Layout
+from .routes import AnchorShape, carried_tokens
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a stitching layer: what flows through a cut of an anchor."""
+
+    channels: int
+    layout: Layout
+    grid: Grid
+    prefix_tokens: int
+
+    @classmethod
+    def of(cls, shape: AnchorShape, cut: int) -> "Side":
+        """That of a cut of an anchor."""
+        channels, height, width = shape.cuts[cut]
+        return cls(channels, Layout(shape.layout), (height, width), shape.prefix_tokens)
 
 
 class StitchingLayer(nn.Linear):
     """Map the features of one anchor's cut to those of another's, y = W x + b at every position of the grid.
 
+    Prefix tokens that both sides have are mapped too; those that only the target has are its anchor's own. Where the
+    grids differ, features are resized (bilinear), which commutes with the map, on the side where that costs less.
+
     Weights have the shapes of `nn.Linear`, so there is one form for all layouts: weight (out_channels, in_channels),
     bias (out_channels,). The default initialisation is that of PyTorch's 1x1 convolution (Kaiming uniform).
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, source: Layout, target: Layout, grid: tuple[int, int]
-    ) -> None:
+    def __init__(self, source: Side, target: Side, carried: Sequence[int | None] = ()) -> None:
         """Describe both sides.
 
         Args:
-            in_channels: channels at the front anchor's cut.
-            out_channels: channels at the back anchor's cut.
-            source: layout of the front anchor.
-            target: layout of the back anchor.
-            grid: height and width at both cuts; read only where tokens (NLC) become a grid (NCHW or NHWC).
+            source: the front anchor's cut.
+            target: the back anchor's cut.
+            carried: for each prefix token of the target which one of the source becomes it, None for the target's own.
         """
-        super().__init__(in_channels, out_channels)
+        super().__init__(source.channels, target.channels)
         self.source = source
         self.target = target
-        self.grid = grid
+        self.carried = tuple(carried)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features in the source layout to features in the target layout; prefix tokens (NLC to NLC) are mapped too."""
-        if self.source is self.target is Layout.NCHW:
+    @classmethod
+    def between(cls, source: AnchorShape, stop: int, target: AnchorShape, start: int) -> "StitchingLayer":
+        """The layer from cut `stop` of one anchor to cut `start` of another."""
+        return cls(Side.of(source, stop), Side.of(target, start), carried_tokens(source, target))
+
+    @property
+    def needs_own_prefix(self) -> bool:
+        """Whether the target has prefix tokens that the source lacks."""
+        return None in self.carried
+
+    @property
+    def arguments(self) -> tuple[Side, Side, tuple[int | None, ...]]:
+        """What it was made with; layers of equal arguments do the same work."""
+        return self.source, self.target, self.carried
+
+    def forward(self, features: torch.Tensor, own_prefix: torch.Tensor | None = None) -> torch.Tensor:
+        """Features in the source's layout to features in the target's.
+
+        Args:
+            features: as they flow through the front anchor's cut.
+            own_prefix: the target's own prefix tokens (1, tokens, C); read only where the source lacks some.
+        """
+        source, target = self.source, self.target
+        same_grid = source.grid == target.grid
+        if same_grid and source.layout is target.layout is Layout.NCHW:
             return F.conv2d(features, self.weight[:, :, None, None], self.bias)
-        return from_channels_last(super().forward(to_channels_last(features, self.source)), self.target, self.grid)
+        if same_grid and self.carried == tuple(range(source.prefix_tokens)):
+            return from_channels_last(super().forward(to_channels_last(features, source.layout)), target)
+        x = (
+            resize(grid_of(features, source), target.grid)
+            if smaller(target.grid, source.grid)
+            else grid_of(features, source)
+        )
+        x = resize(super().forward(x), target.grid)
+        if not self.carried:
+            return from_channels_last(x, target)
+        mapped = {i: super(StitchingLayer, self).forward(features[:, i : i + 1]) for i in self.carried if i is not None}
+        prefix = [
+            self._own(own_prefix, place, len(x)) if i is None else mapped[i] for place, i in enumerate(self.carried)
+        ]
+        return torch.cat([*prefix, x.flatten(1, 2)], dim=1)
+
+    def _own(self, own_prefix: torch.Tensor | None, place: int, batch_size: int) -> torch.Tensor:
+        if own_prefix is None:
+            raise ValueError("this stitching layer needs the back anchor's own prefix tokens")
+        return own_prefix[:, place : place + 1].expand(batch_size, -1, -1)
 
     def extra_repr(self) -> str:
         """Sizes and layouts, for `print(model)`."""
-        return f"{super().extra_repr()}, {self.source.value} -> {self.target.value}"
+        return f"{super().extra_repr()}, {self.source.layout.value} -> {self.target.layout.value}"
+
+
+def rows_of(features: torch.Tensor, side: Side, tokens: Sequence[int], grid: Grid) -> torch.Tensor:
+    """Features as rows (N * positions, channels): the prefix `tokens`, then the grid, resized to `grid`."""
+    if side.layout in (Layout.NLC, Layout.UNITS) and len(tokens) == side.prefix_tokens and grid == side.grid:
+        return features.flatten(0, -2)
+    x = resize(grid_of(features, side), grid).flatten(1, 2)
+    return torch.cat([features[:, list(tokens)], x], dim=1).flatten(0, -2) if tokens else x.flatten(0, -2)
 
 
 def to_channels_last(features: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Features of any layout with channels last: (N, H, W, C) from NCHW and NHWC, (N, L, C) from NLC."""
+    """Features of any layout with channels last: (N, H, W, C) from NCHW and NHWC, (N, L, C) from tokens."""
     return features.permute(0, 2, 3, 1) if layout is Layout.NCHW else features
 
 
-def from_channels_last(features: torch.Tensor, layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
-    """Features (N, H, W, C) or (N, L, C) in a layout; `grid` is (H, W) and read only for (N, L, C) to a grid."""
-    if layout is Layout.NLC:
+def from_channels_last(features: torch.Tensor, side: Side) -> torch.Tensor:
+    """Features (N, H, W, C) or (N, L, C) in the layout of a side."""
+    if side.layout in (Layout.NLC, Layout.UNITS):
         return features.flatten(1, -2)
     if features.ndim == 3:
-        features = features.unflatten(1, grid)
-    return features.permute(0, 3, 1, 2) if layout is Layout.NCHW else features
+        features = features.unflatten(1, side.grid)
+    return features.permute(0, 3, 1, 2) if side.layout is Layout.NCHW else features
+
+
+def grid_of(features: torch.Tensor, side: Side) -> torch.Tensor:
+    """The grid (N, H, W, C) of features, without prefix tokens."""
+    if side.layout in (Layout.NLC, Layout.UNITS):
+        return features[:, side.prefix_tokens :].unflatten(1, side.grid)
+    return to_channels_last(features, side.layout)
+
+
+def resize(x_NHWC: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Features (N, H, W, C) on another grid, by bilinear interpolation."""
+    if x_NHWC.shape[1:3] == grid:
+        return x_NHWC
+    return F.interpolate(x_NHWC.permute(0, 3, 1, 2), size=grid, mode="bilinear", align_corners=False).permute(
+        0, 2, 3, 1
+    )
+
+
+def smaller(grid: Grid, than: Grid) -> bool:
+    """Whether a grid has fewer positions than another."""
+    return math.prod(grid) < math.prod(than)

@@ -1,0 +1,147 @@
+"""Which architectures can be stitched: a table of timm's modules, with the reason where one cannot."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from stitchable.model.anchors import Adapter
+from stitchable.model.architectures import adapter_of_class, create_model, find_adapter, own_architectures
+
+
+@dataclass(frozen=True)
+class Module:
+    """What is known of a module of timm, such as `timm.models.convnext`.
+
+    Attributes:
+        name: without "timm.models."; for architectures of one's own the name of their class.
+        architectures: how many it has, of `timm.list_models()`.
+        supported: how many of them can be anchors.
+        pattern: the layout of the features and where the blocks are; empty where none is supported.
+        reasons: why the others cannot, each reason once.
+    """
+
+    name: str
+    architectures: int
+    supported: int
+    pattern: str
+    reasons: tuple[str, ...]
+
+
+def survey(modules: Collection[str] = ()) -> list[Module]:
+    """Look at every architecture of some modules of timm, or of all, and of the registered families of one's own.
+
+    Args:
+        modules: their names, such as "convnext"; all if there is none.
+
+    Raises:
+        ValueError: timm has no such module.
+    """
+    known = {name: timm.list_models(module=name) for name in timm.list_modules()}
+    known = {name: architectures for name, architectures in known.items() if architectures}
+    for name, model_class in own_architectures().items():
+        known.setdefault(model_class.__name__, []).append(name)
+    unknown = set(modules) - set(known)
+    if unknown:
+        raise ValueError(f"timm {timm.__version__} has no module {min(unknown)!r}; it has {', '.join(sorted(known))}")
+    chosen = sorted(modules or known)
+    return [_look_at(name, known[name]) for name in logging.tqdm(chosen, desc="looking at modules", leave=False)]
+
+
+def to_markdown(modules: Sequence[Module]) -> str:
+    """The table, and the sum below it."""
+    rows = [
+        f"| {row.name} | {row.architectures} | {row.supported} | {row.pattern} | {'; '.join(row.reasons)} |"
+        for row in modules
+    ]
+    head = ["| module | architectures | supported | pattern | why not |", "|:---|---:|---:|:---|:---|"]
+    return "\n".join([*head, *rows, "", total(modules)])
+
+
+def total(modules: Sequence[Module]) -> str:
+    """How many modules and architectures there are, and how many can be stitched."""
+    supported = [module for module in modules if module.supported]
+    return (
+        f"timm {timm.__version__}: {len(supported)} of {len(modules)} modules, "
+        f"{sum(module.supported for module in modules):,} of {sum(module.architectures for module in modules):,} "
+        "architectures."
+    )
+
+
+def to_dicts(modules: Sequence[Module]) -> list[dict[str, Any]]:
+    """The table in JSON types."""
+    return [asdict(module) for module in modules]
+
+
+def _look_at(name: str, architectures: Sequence[str]) -> Module:
+    patterns: Counter[str] = Counter()
+    reasons: dict[str, None] = {}
+    for architecture in architectures:
+        adapter = _adapter_of(name, architecture)
+        if isinstance(adapter, Adapter):
+            patterns[describe_pattern(adapter)] += 1
+        else:
+            reasons[adapter] = None
+    return Module(
+        name,
+        architectures=len(architectures),
+        supported=sum(patterns.values()),
+        pattern="; ".join(pattern for pattern, _ in patterns.most_common()),
+        reasons=tuple(reasons),
+    )
+
+
+def _adapter_of(name: str, architecture: str) -> Adapter | str:
+    """The adapter of an architecture of a module of timm, or why it has none."""
+    try:
+        model_class = _class_begun_by(architecture)
+        is_model = hasattr(model_class, "forward_features")  # else it is a part that its model is given
+        if is_model and model_class.__module__ == f"timm.models.{name}":
+            adapter = adapter_of_class(model_class)
+            if isinstance(adapter, Adapter):
+                return adapter
+        with torch.device("meta"):
+            return find_adapter(create_model(architecture, num_classes=None))
+    except ValueError as error:
+        return str(error).partition(" cannot be stitched: ")[2] or str(error)
+
+
+def _class_begun_by(architecture: str) -> type[nn.Module]:
+    """The class of the first module that is constructed for an architecture, mostly the model itself: without building.
+
+    Building all of timm's models takes minutes, even on the meta device.
+    """
+    construct = nn.Module.__init__
+
+    def begin(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise _Begun(type(module))
+
+    nn.Module.__init__ = begin  # type: ignore[assignment,method-assign]
+    try:
+        create_model(architecture, num_classes=None)
+    except _Begun as begun:
+        return begun.model_class
+    finally:
+        nn.Module.__init__ = construct  # type: ignore[method-assign]
+    raise AssertionError(f"{architecture} is built without a module")
+
+
+class _Begun(BaseException):
+    def __init__(self, model_class: type[nn.Module]) -> None:
+        self.model_class = model_class
+
+
+def describe_pattern(adapter: Adapter) -> str:
+    """The layout of the features and where the blocks are, such as "NCHW: `stages.*`"."""
+    names = [stage if isinstance(stage, str) else _first_part(stage) for stage in adapter.stages]
+    return f"{adapter.layout.value}: {', '.join(f'`{name}`' for name in names)}"
+
+
+def _first_part(stage: Sequence[Any]) -> str:
+    parts = [part for block in stage for part in block if isinstance(part, str)]
+    return f"{parts[0]}, ..." if len(parts) > 1 else parts[0]

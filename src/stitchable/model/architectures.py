@@ -1,0 +1,233 @@
+"""Which architectures can be anchors: timm's, and those of one's own; and how one is built."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .adapters import ADAPTERS, REFUSED
+from .anchors import Adapter, Chain, Layout, TimmModel, check_chain  # noqa: F401  # Layout for files of families
+
+_REGISTERED: dict[type[nn.Module], Adapter | Callable[[TimmModel], Adapter]] = {}
+
+
+def describe(model: TimmModel) -> Chain:
+    """The chain of a model.
+
+    Raises:
+        ValueError: no adapter serves its class, or it is no chain; says why.
+    """
+    return Chain.of(model, find_adapter(model))
+
+
+def find_adapter(model: TimmModel) -> Adapter:
+    """The adapter for a model.
+
+    Raises:
+        ValueError: no adapter serves its class, or it is no chain; says why.
+    """
+    adapter = adapter_of_class(type(model))
+    try:
+        return adapter if isinstance(adapter, Adapter) else adapter(model)
+    except ValueError as error:
+        raise ValueError(f"this {type(model).__name__} cannot be stitched: {error}") from None
+
+
+def adapter_of_class(model_class: type[nn.Module]) -> Adapter | Callable[[TimmModel], Adapter]:
+    """The adapter for the models of a class, or a function that makes one for a model.
+
+    Raises:
+        ValueError: no adapter serves it, or its models are no chains; says why.
+    """
+    name = model_class.__name__
+    for base in model_class.__mro__[:-1]:
+        key = f"{base.__module__.removeprefix('timm.models.')}.{base.__name__}"
+        if key in REFUSED:
+            raise ValueError(f"models of class {name} cannot be stitched: {REFUSED[key]}")
+        adapter = _REGISTERED.get(base) or ADAPTERS.get(key)
+        # A subclass with a forward of its own may compose its parts in another way.
+        if adapter and getattr(model_class, "forward_features", None) is getattr(base, "forward_features", None):
+            return adapter
+    raise ValueError(
+        f"models of class {name} cannot be stitched yet; `stitchable families` lists those that can. "
+        "Describe their parts in an Adapter and pass both to stitchable.register_anchor(model_class, adapter, example)"
+    )
+
+
+def register_anchor(
+    model_class: type[nn.Module], adapter: Adapter | Callable[[TimmModel], Adapter], example: str
+) -> None:
+    """Make the timm models of a class stitchable.
+
+    Args:
+        model_class: the class that `timm.create_model` returns. Subclasses are served too, as long as they inherit its
+            `forward_features`.
+        adapter: where the parts of its models are, or a function that says so for one model.
+        example: the smallest architecture of this class. It is built and run once, at its input size.
+
+    Raises:
+        ValueError: the example is no chain: its own forward is not the composition of the parts that the adapter names.
+            Names the block where they part.
+
+    The registration holds for this process: a checkpoint of such models loads where the same call was made before.
+    """
+    _register(model_class, adapter, example)
+
+
+def register_family(
+    model_class: type[nn.Module],
+    adapter: Adapter,
+    architectures: Mapping[str, Mapping[str, Any]],
+    *,
+    input_size: tuple[int, int, int],
+    num_classes: int,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+) -> None:
+    """Make modules of one's own stitchable, which need to know nothing of timm.
+
+    Args:
+        model_class: a module whose constructor takes `num_classes` (and `img_size`, if it must know the size of its
+            images), and whose `forward` takes pixel values (N, C, H, W) to logits (N, num_classes).
+        adapter: where its parts are, the `head` with the classifier last among them.
+        architectures: its sizes, smallest first: name -> further arguments of the constructor.
+        input_size: (channels, height, width) of the images.
+        num_classes: how many classes an architecture has unless another number is asked for.
+        mean: per channel, of pixels in 0..1, that are subtracted from the images.
+        std: per channel, that the images are divided by.
+
+    Raises:
+        ValueError: a name that timm has, an adapter without a head, or modules that are no chain, which is found by
+            running the first architecture once; names the block where its forward and its parts part.
+
+    The registration holds for this process, and for everyone who loads a checkpoint of these models with
+    `trust_remote_code=True`: the file that makes this call is saved beside the weights.
+    """
+    if not architectures or not adapter.head or not isinstance(adapter.head[-1], str):
+        raise ValueError(
+            f"the family of {model_class.__name__} needs architectures, and an adapter whose head ends with "
+            "the name of the classifier"
+        )
+    for name in architectures:
+        if timm.is_model(name):
+            raise ValueError(f"timm has an architecture {name!r} of its own, choose another name")
+    cfg = {
+        "input_size": tuple(input_size),
+        "num_classes": num_classes,
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "classifier": adapter.head[-1],
+        "fixed_input_size": "img_size" in inspect.signature(model_class).parameters,
+    }
+    new = {name: _Own(model_class, dict(kwargs), cfg) for name, kwargs in architectures.items()}
+    before = dict(_OWN)
+    _OWN.update(new)
+    try:
+        _register(model_class, adapter, next(iter(architectures)))
+    except BaseException:
+        _OWN.clear()
+        _OWN.update(before)
+        raise
+
+
+class _Own(NamedTuple):
+    """An architecture that is not timm's; `cfg` is its configuration as timm's models have one."""
+
+    model_class: type[nn.Module]
+    kwargs: dict[str, Any]
+    cfg: dict[str, Any]
+
+    def create(self, kwargs: Mapping[str, Any], num_classes: int | None) -> nn.Module:
+        num_classes = self.cfg["num_classes"] if num_classes is None else num_classes
+        model: TimmModel = self.model_class(**{**self.kwargs, **kwargs, "num_classes": num_classes})
+        model.pretrained_cfg, model.num_classes = dict(self.cfg), num_classes
+        return model
+
+
+_OWN: dict[str, _Own] = {}
+
+
+def _register(model_class: type[nn.Module], adapter: Adapter | Callable[[TimmModel], Adapter], example: str) -> None:
+    # What is registered when a file is imported must leave no trace in what its importer does.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = create_model(example, num_classes=None).eval()
+        pixel_values = torch.randn(2, *model.pretrained_cfg["input_size"])
+        if not isinstance(model, model_class):
+            raise ValueError(f"{example!r} is a {type(model).__name__}, not a {model_class.__name__}")
+        with torch.no_grad():
+            for parameter in model.parameters():  # a branch that begins as zero would hide what it is given
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        chain = Chain.of(model, adapter if isinstance(adapter, Adapter) else adapter(model))
+        check_chain(model, chain, pixel_values)
+    _REGISTERED[model_class] = adapter
+
+
+def is_known(architecture: str) -> bool:
+    """Whether this process has this architecture, timm's or registered, or timm asks the Hub for it ("hf-hub:...")."""
+    return architecture in _OWN or ":" in architecture or timm.is_model(architecture.split("/")[-1].split(".")[0])
+
+
+def own_architectures() -> dict[str, type[nn.Module]]:
+    """The architectures that were registered by `register_family`, with their classes."""
+    return {name: own.model_class for name, own in _OWN.items()}
+
+
+def is_own(architecture: str) -> bool:
+    """Whether an architecture was registered by `register_family`."""
+    return architecture in _OWN
+
+
+def create_model(
+    architecture: str, kwargs: Mapping[str, Any] | None = None, *, num_classes: int | None, pretrained: bool = False
+) -> TimmModel:
+    """`timm.create_model`, of registered architectures too, with an error that helps.
+
+    Args:
+        architecture: its name.
+        kwargs: further arguments of the model.
+        num_classes: None means the architecture's own.
+        pretrained: whether to load timm's weights.
+
+    Raises:
+        ValueError: an unknown architecture (the nearest names are suggested), kwargs that are refused, or pretrained
+            weights of an architecture that has none.
+    """
+    if not isinstance(architecture, str):
+        raise ValueError(f"an architecture is the name of a timm model, got {architecture!r}")
+    name = architecture.split("/")[-1].split(".")[0]
+    if not is_known(architecture):
+        near = difflib.get_close_matches(name, [*timm.list_models(), *_OWN], n=3)
+        raise ValueError(
+            f"timm {timm.__version__} has no model {architecture!r}"
+            + (f"; the nearest are {', '.join(near)}" if near else "; timm.list_models() lists them all")
+        )
+    # Most of the time of building a model on the meta device would go into initialising what has no values.
+    without_values = _NoValues() if torch.get_default_device().type == "meta" else nullcontext()
+    try:
+        with without_values:
+            if architecture in _OWN:
+                if pretrained:
+                    raise ValueError(
+                        f"{architecture!r} is no model of timm and has no weights there; give a file of them"
+                    )
+                return _OWN[architecture].create(kwargs or {}, num_classes)
+            return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **(kwargs or {}))
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{architecture!r} cannot be made with {dict(kwargs or {})}: {error}") from error
+
+
+class _NoValues(TorchDispatchMode):
+    """Leave out operations that only change the values of a meta tensor, which has none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        changes_values = func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags
+        if changes_values and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))

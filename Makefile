@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/digits
 
-.PHONY: demo test test-slow test-browser check format benchmark clean
+.PHONY: demo test test-all test-slow test-browser families check format benchmark clean
 
 # The main job on embedded data: anchors in, one checkpoint with every stitch trained and measured out.
 demo: $(INSTALLED)
@@ -15,6 +15,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# Also what is longer than a few seconds: every module of timm, and a training run.
+test-all: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not gpu and not network and not browser"
 
 test-slow: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
@@ -32,6 +36,11 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The table of docs/families.md, which is the end of that page.
+families: $(INSTALLED)
+	{ sed '/^| module /,$$d' docs/families.md; $(BIN)/stitchable families --markdown; } > docs/families.new
+	mv docs/families.new docs/families.md
 
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/least_squares.py

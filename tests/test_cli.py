@@ -71,6 +71,8 @@ def test_build_fits_a_family_on_images(tmp_path, pictures) -> None:
             tmp_path / "new",
             "--pairs",
             "all",
+            "--stages",
+            "0",
         ),
         *("--images", pictures, "--num-samples", 8),
     )

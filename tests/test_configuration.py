@@ -33,7 +33,7 @@ def test_an_empty_config_is_only_a_default(valid: dict) -> None:
         (lambda c: c["anchors"][0].update(depth=4), "depth 4"),
         (lambda c: c["anchors"][0].pop("cuts"), r"lacks \['cuts'\]"),
         (lambda c: c["anchors"][0].pop("architecture"), r"lacks \['architecture'\]"),
-        (lambda c: c["anchors"][0].update(layout="XYZ"), "'NCHW', 'NHWC' or 'NLC', got 'XYZ'"),
+        (lambda c: c["anchors"][0].update(layout="XYZ"), "'NCHW', 'NHWC', 'NLC' or 'UNITS', got 'XYZ'"),
         (lambda c: c["anchors"][0]["cuts"].__setitem__(0, [8, 4]), r"\[channels, height, width\] each"),
     ],
 )

@@ -95,7 +95,15 @@ def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
         *("config.json", "preprocessor_config.json", "model.safetensors.index.json"),
         *("model-anchor-0.safetensors", "model-anchor-1.safetensors", "model-stitching-layers.safetensors"),
         *("README.md", "stitches.json", "accuracy_flops.png", "sample.png"),
-        *("anchors.py", "configuration_stitchable.py", "families.py", "modeling_stitchable.py", "routes.py"),
+        *(
+            "adapters.py",
+            "anchors.py",
+            "architectures.py",
+            "configuration_stitchable.py",
+            "families.py",
+            "modeling_stitchable.py",
+            "routes.py",
+        ),
         *("shards.py", "stitching.py"),
     }
     table = json.loads((folder / "stitches.json").read_text())

@@ -205,7 +205,7 @@ def parameters_of(model: StitchableForImageClassification, stitch_ids: set[int])
     parts: set[tuple[str, str | int]] = set()
     for stitch in (find_stitch(model.stitches, stitch_id) for stitch_id in stitch_ids):
         parts |= {
-            ("anchors." + str(stitch.route[0].anchor), "stem"),
+            *(("anchors." + str(stitch.route[0].anchor), part) for part in ("stem", "prefix")),
             ("anchors." + str(stitch.route[-1].anchor), "head"),
         }
         parts |= {(f"anchors.{anchor}", block) for anchor, start, stop in stitch.route for block in range(start, stop)}

@@ -67,7 +67,8 @@ def crop_anchor(folder: str | Path, recipe: Recipe, anchor: int) -> list[Crop]:
 def plan_crops(model: StitchableForImageClassification, anchor: int) -> dict[str, list[int]]:
     """Which blocks are kept: all, all but the first or the last half, every other one."""
     chain = model.chains.get(anchor)
-    if chain is None or len(chain.stages) > 1 or model.parts_of_anchor(anchor) < {"stem", "head", *range(chain.depth)}:
+    held = model.parts_of_anchor(anchor) if chain else set()
+    if chain is None or len(chain.stages) > 1 or not {"stem", "head", *range(chain.depth)} <= held:
         raise ValueError(f"this model has no anchor {anchor} that is whole and of a single stage")
     blocks, half = list(range(chain.depth)), chain.depth // 2
     return {"none": blocks, "the first half": blocks[half:], "the last half": blocks[:half], "every other": blocks[::2]}

@@ -1,6 +1,5 @@
 """What a recipe asks for before its first image is read: processes, models of one's own, the model; checked early."""
 
-import importlib.util
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from optimization import make_optimizer, make_scheduler
 from recipe import Recipe
 from sampling import StitchSampler
 from stitchable import Stitch, StitchableConfig, StitchableForImageClassification
+from stitchable.carried import run_modules
 from stitchable.model.routes import find_stitch
 
 
@@ -197,25 +197,6 @@ def micro_batch_size(batch_size: int, accelerator: Accelerator, name: str = "bat
             f"{accelerator.gradient_accumulation_steps} accumulated gradients each; take a multiple of {parts}"
         )
     return batch_size // parts
-
-
-def run_modules(paths: Sequence[str]) -> None:
-    """Import Python files, which register models with timm and stitchable.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ValueError(f"modules: there is no file {path}")
-        if path.stem in sys.modules:
-            continue
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec
-        assert spec.loader
-        # timm's register_model looks its module up.
-        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
 
 
 def make_model(recipe: Recipe, class_names: Sequence[str]) -> StitchableForImageClassification:

@@ -107,6 +107,7 @@ class Space(_Section):
     direction: Literal["fast_to_slow", "slow_to_fast", "both"] = "fast_to_slow"
     nearest: bool = True
     pairs: Literal["all", "forward"] | None = None
+    resize: Literal["bilinear"] | None = None
 
 
 class Initialization(_Section):

@@ -16,7 +16,7 @@ from torch import nn
 
 from stitchable.costs import cost_of_stitch, profile_architecture
 from stitchable.model.anchors import TimmModel
-from stitchable.model.architectures import create_model, is_own
+from stitchable.model.architectures import create_model, find_adapter, is_own
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.space import Direction, Pairs, Resize, default_pairs, default_stages, enumerate_stitches
@@ -194,6 +194,7 @@ def _read_anchor(anchor: str | Mapping[str, Any], image_size: int | Sequence[int
         )
     with torch.device("meta"):
         model = create_model(name, kwargs, num_classes=None)
+    find_adapter(model)  # a family that cannot be stitched is told so before anything else
     cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
     if weights:
         cfg["num_classes"] = _classes_in_file(weights, name, cfg)

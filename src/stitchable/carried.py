@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.util import module_from_spec, spec_from_loader
+from importlib.util import module_from_spec, spec_from_file_location, spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,25 @@ logger = logging.get_logger(__name__)
 
 _OFFERED = {"Adapter", "Layout", "register_anchor", "register_family"}  # what a checkpoint's architectures.py has
 _PACKAGE = Path(__file__).with_name("model")
+
+
+def run_modules(paths: Sequence[str]) -> None:
+    """Import Python files, which register models with timm and stitchable.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ValueError(f"modules: there is no file {path}")
+        if path.stem in sys.modules:
+            continue
+        spec = spec_from_file_location(path.stem, path)
+        assert spec
+        assert spec.loader
+        # timm's register_model looks its module up.
+        sys.modules[path.stem] = module = module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 def carry_families(model: StitchablePreTrainedModel, classes: Iterable[type[nn.Module]], folder: str | Path) -> None:

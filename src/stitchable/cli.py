@@ -23,6 +23,7 @@ from stitchable import (
     pareto_front,
 )
 from stitchable.card import Card, SnippetError, short_names, stitch_table
+from stitchable.carried import run_modules
 from stitchable.conversion import RELEASES
 from stitchable.export import export_onnx, export_program
 from stitchable.model.routes import Stitch
@@ -78,11 +79,14 @@ def build(
     nearest: Annotated[bool, typer.Option(help="Stitch only neighbours in FLOPs.")] = True,
     pairs: Annotated[str | None, typer.Option(help="all or forward positions of a window; as the authors do.")] = None,
     stages: Annotated[str | None, typer.Option(help="Stages to stitch, such as 0,1,2; as the authors do.")] = None,
+    resize: Annotated[str | None, typer.Option(help="bilinear, to join grids of different sizes too.")] = None,
+    module: Annotated[list[Path] | None, typer.Option(help="Python file that registers models of one's own.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels; the anchors' own if left out.")] = None,
     num_labels: Annotated[int | None, typer.Option(help="Classes; the anchors' own if left out.")] = None,
 ) -> None:
     """Make a stitchable checkpoint of timm models, its stitching layers fitted by least squares."""
     check_new_folder(output)
+    run_modules([str(path) for path in module or ()])
     model = StitchableForImageClassification.from_anchors(
         anchors,
         pretrained=pretrained,
@@ -92,6 +96,7 @@ def build(
         nearest=nearest,
         pairs=pairs,
         stages=_numbers(stages, "--stages"),
+        resize=resize,
         image_size=image_size,
         num_labels=num_labels,
     )

@@ -98,7 +98,8 @@ def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: in
         prefix_flops, _ = _counted(chain.own_prefix, model) if chain.prefix_tokens else (0, None)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"{type(model).__name__} cannot take images of {num_channels}x{image_size[0]}x{image_size[1]}: {error}"
+            f"{chain.model_class} cannot take images of {num_channels}x{image_size[0]}x{image_size[1]}: "
+            f"{str(error) or 'an assertion of timm fails'}"
         ) from error
     finally:
         model.train(training)
@@ -127,7 +128,10 @@ def profile_architecture(
     """
     with torch.device("meta"):
         model = create_model(architecture, kwargs, num_classes=num_labels)
-    return profile_anchor(model, image_size, num_channels)
+    try:
+        return profile_anchor(model, image_size, num_channels)
+    except ValueError as error:
+        raise ValueError(f"anchor {architecture!r}: {error}") from error
 
 
 def cost_of_layer(source: AnchorShape, stop: int, target: AnchorShape, start: int) -> Cost:

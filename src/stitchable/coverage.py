@@ -1,5 +1,6 @@
 """Which architectures can be stitched: a table of timm's modules, with the reason where one cannot."""
 
+import difflib
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -48,7 +49,8 @@ def survey(modules: Collection[str] = ()) -> list[Module]:
         known.setdefault(model_class.__name__, []).append(name)
     unknown = set(modules) - set(known)
     if unknown:
-        raise ValueError(f"timm {timm.__version__} has no module {min(unknown)!r}; it has {', '.join(sorted(known))}")
+        near = difflib.get_close_matches(min(unknown), known, n=3) or sorted(known)
+        raise ValueError(f"timm {timm.__version__} has no module {min(unknown)!r}; the nearest are {', '.join(near)}")
     chosen = sorted(modules or known)
     return [_look_at(name, known[name]) for name in logging.tqdm(chosen, desc="looking at modules", leave=False)]
 

@@ -267,7 +267,7 @@ def _gemma(model: TimmModel) -> Adapter:
         stem=(_gemma_stem,),
         stages=("encoder.blocks",),
         context=_gemma_rope,
-        uses={"stem": ("encoder.patch_embed",)},
+        uses={"stem": ("encoder.patch_embed",), "context": ("encoder.rotary_emb",)},
     )
 
 

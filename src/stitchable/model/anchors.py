@@ -368,27 +368,26 @@ def check_chain(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> N
                 hook.remove()
 
     def compose() -> torch.Tensor:
-        flow = chain.run_stem(model, pixel_values)
-        chain.measure(flow.features, image_size)
-        for index in range(chain.depth):
-            try:
+        place = "stem"
+        try:
+            flow = chain.run_stem(model, pixel_values)
+            chain.measure(flow.features, image_size)
+            for index in range(chain.depth):
+                place = f"block {index}"
                 flow = chain.run_block(model, index, flow)
                 chain.measure(flow.features, image_size)
-            except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-                raise ValueError(
-                    f"{name} is no chain: block {index} cannot take what comes before it: {error}"
-                ) from error
-        return chain.run_head(model, chain.run_neck(model, flow).features)
+            place = "neck or head"
+            return chain.run_head(model, chain.run_neck(model, flow).features)
+        except (RuntimeError, TypeError, AssertionError, AttributeError) as error:
+            raise ValueError(f"{name} is no chain: its {place} cannot take what comes before it: {error}") from error
 
     (expected, output), (given, composed) = run(lambda: model(pixel_values)), run(compose)
     for index, block in enumerate(chain.blocks):
         for part in block:
             if isinstance(part, str) and part in given and not _equal(expected.get(part), given[part]):
-                found = "gets something else" if part in expected else "is not run"
-                raise ValueError(
-                    f"{name} is no chain: in its own forward block {index} ({part}) {found} than what "
-                    f"{f'block {index - 1}' if index else 'the stem'} returns"
-                )
+                before = f"block {index - 1}" if index else "the stem"
+                found = f"gets something else than what {before} returns" if part in expected else "is not run"
+                raise ValueError(f"{name} is no chain: in its own forward block {index} ({part}) {found}")
     if not _equal(output, composed):
         raise ValueError(
             f"{name} is no chain: its blocks are, but its neck or head gives other logits than its forward"

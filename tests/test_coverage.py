@@ -1,0 +1,48 @@
+"""The table of timm's modules, and that the tests and the documentation cover it."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import timm
+
+from stitchable.coverage import survey, to_markdown
+from stitchable.model import adapters, anchors
+from timm_modules import PAIRS
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+
+
+def test_a_module_says_how_many_and_why_not() -> None:
+    coat, qwen, vit = survey(["vitamin", "qwen3_vit", "coat"])
+    assert (qwen.architectures, qwen.supported, qwen.pattern) == (9, 6, "NHWC: `encoder.blocks`")
+    assert qwen.reasons == ("it is an encoder without a classifier",)
+    assert (vit.architectures, vit.supported, vit.reasons) == (13, 13, ())
+    assert (coat.architectures, coat.supported, coat.pattern) == (8, 0, "")
+
+
+def test_an_unknown_module_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="no module 'convnet'; the nearest are .*convnext"):
+        survey(["convnet"])
+
+
+def test_every_module_is_tested_or_refused() -> None:
+    modules = {name for name in timm.list_modules() if timm.list_models(module=name)}
+    assert len(modules) == 98
+    refused = {"coat", "crossvit", "dpn", "efficientvim", "hrnet", "mobilenetv5", "nasnet", "pnasnet", "selecsls"}
+    assert set(PAIRS) == modules - refused
+
+
+@pytest.mark.slow
+def test_the_table_of_the_documentation_is_what_the_command_prints() -> None:
+    modules = survey()
+    assert PAGE.read_text().endswith(f"{to_markdown(modules)}\n")
+    assert {module.name for module in modules if module.supported} == set(PAIRS)
+    assert sum(module.supported for module in modules) >= 0.9 * sum(module.architectures for module in modules)
+
+
+def test_adapters_stay_descriptions() -> None:
+    """No adapter is a program: none has 30 lines."""
+    for made in adapters.ADAPTERS.values():
+        if not isinstance(made, anchors.Adapter):
+            assert len(inspect.getsource(made).splitlines()) < 30, made

@@ -1,0 +1,178 @@
+"""Families of one's own: registered in one call, checked once, then like timm's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from families import randomise
+from processes import run_python
+from stitchable import (
+    Adapter,
+    Layout,
+    StitchableConfig,
+    StitchableForImageClassification,
+    initialize_stitches,
+    register_anchor,
+    register_family,
+)
+from stitchable.carried import run_modules
+from stitchable.costs import count_flops
+from stitchable.model import architectures
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "own_family" / "digit_mixer.py"
+NAMES = ["digit_mixer_s", "digit_mixer_m"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digit_mixer() -> None:
+    run_modules([str(EXAMPLE)])
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(architectures, "_OWN", dict(architectures._OWN))
+    monkeypatch.setattr(architectures, "_REGISTERED", dict(architectures._REGISTERED))
+
+
+class Net(nn.Module):
+    """A stem, four blocks and a classifier, composed as a test says."""
+
+    def __init__(self, num_classes: int = 3, order: tuple[int, ...] = (0, 1, 2, 3), shortcut: bool = False) -> None:
+        super().__init__()
+        self.order, self.shortcut = order, shortcut
+        self.stem = nn.Conv2d(3, 6, 2, stride=2)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.GELU()) for _ in range(4))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(6, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = first = self.stem(x)
+        for index in self.order:
+            x = self.blocks[index](x + first if self.shortcut and index == 2 else x)
+        return self.classifier(self.pool(x))
+
+
+def adapter(layout: Layout = Layout.NCHW, **parts) -> Adapter:
+    return Adapter(
+        **{"layout": layout, "stem": ("stem",), "stages": ("blocks",), "head": ("pool", "classifier"), **parts}
+    )
+
+
+def register(described: Adapter, **kwargs) -> None:
+    register_family(Net, described, {"net_s": kwargs, "net_m": {}}, input_size=(3, 8, 8), num_classes=3)
+
+
+def test_a_family_works_like_timms(tmp_path: Path) -> None:
+    model = randomise(StitchableForImageClassification.from_anchors(NAMES, pretrained=False)).eval()
+    assert (model.config.num_labels, model.config.image_size, model.config.image_mean) == (10, [8, 8], [0.5] * 3)
+    x = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for index in range(2):
+        assert torch.equal(model(x, stitch_id=index).logits, model.anchors[index](x))
+    residuals = initialize_stitches(model, [x], num_samples=40)
+    assert max(residuals.values()) < 1
+    for stitch in model.stitches:
+        extracted = model.extract(stitch.id)
+        assert torch.equal(extracted(x).logits, model(x, stitch_id=stitch.id).logits)
+        assert count_flops(extracted, x[:1]) == stitch.flops
+    model.save_pretrained(tmp_path)
+    reloaded = StitchableForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(reloaded(x, stitch_id=4).logits, model(x, stitch_id=4).logits)
+
+
+def test_a_checkpoint_brings_the_file_of_its_family(tmp_path: Path) -> None:
+    model = StitchableForImageClassification.from_anchors(NAMES, pretrained=False, stitch_id=3).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.ones(1, 3, 8, 8)
+    torch.save(model(x).logits, tmp_path / "expected.pt")
+    # Where the package is not installed, and where it is but the file was not imported.
+    for first in ('sys.modules["stitchable"] = None', "import stitchable"):
+        code = f"""
+import sys, torch
+{first}
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(".", trust_remote_code=True)
+torch.testing.assert_close(model(torch.ones(1, 3, 8, 8)).logits, torch.load("expected.pt"))
+"""
+        run_python(code, cwd=tmp_path)
+
+
+def test_weights_come_from_a_file_and_a_classifier_of_other_classes_is_new(tmp_path: Path) -> None:
+    files = {}
+    for name in NAMES:
+        source = randomise(architectures.create_model(name, num_classes=10))
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_file(source.state_dict(), files[name])
+    anchors = [{"architecture": name, "weights": file} for name, file in files.items()]
+    same = StitchableForImageClassification.from_anchors(anchors)
+    assert torch.equal(same.anchors[1].classifier.weight, source.classifier.weight)
+    other = StitchableForImageClassification.from_anchors(anchors, num_labels=4)
+    assert torch.equal(other.anchors[1].stem.weight, source.stem.weight)
+    assert other.anchors[1].classifier.weight.shape == (4, 32)
+    anchors[0]["weights"] = files[NAMES[1]]
+    with pytest.raises(ValueError, match=r"digit_mixer_s.*digit_mixer_m\.safetensors.* do not fit"):
+        StitchableForImageClassification.from_anchors(anchors)
+    with pytest.raises(ValueError, match="has no weights there; give a file"):
+        StitchableForImageClassification.from_anchors(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("described", "kwargs", "message"),
+    [
+        (adapter(), {"order": (0, 2, 1, 3)}, r"own forward block 1 \(blocks\.1\) gets something else .* block 0 ret"),
+        (adapter(), {"order": (0, 1, 3)}, r"own forward block 2 \(blocks\.2\) is not run$"),
+        (adapter(), {"shortcut": True}, r"own forward block 2 \(blocks\.2\) gets something else .* block 1 returns"),
+        (adapter(stem=("blocks.0", "stem")), {}, "no chain: its stem cannot take"),
+        (
+            adapter(stem=("stem", "blocks.0")),
+            {},
+            r"block 0 \(blocks\.0\) gets something else .* the stem returns",
+        ),
+        (adapter(neck=(lambda model, x: 2 * x,)), {}, "its neck or head gives other logits"),
+        (adapter(stages=("layers",)), {}, "names a part that this model lacks: .*layers"),
+        (adapter(Layout.NHWC), {}, r"declares features NHWC, but square images give \(2, 6, 4, 4\)"),
+        (adapter(Layout.NLC), {}, r"declares features NLC, but found are some of shape \(2, 6, 4, 4\)"),
+        (adapter(stem=(lambda model, x: {"x": model.stem(x)},)), {}, "declares features NCHW, but found are some dict"),
+        (adapter(head=()), {}, "an adapter whose head ends with the name of the classifier"),
+    ],
+)
+def test_what_is_no_chain_is_refused_at_registration(described: Adapter, kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        register(described, **kwargs)
+    assert not architectures.is_known("net_s")
+
+
+def test_registration_leaves_the_state_of_random_numbers_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    register(adapter())
+    assert torch.equal(torch.randn(3), expected)
+    assert StitchableConfig.from_anchors(["net_s", "net_m"]).num_labels == 3
+
+
+def test_bad_registrations_are_refused() -> None:
+    with pytest.raises(ValueError, match="timm has an architecture 'resnet18'"):
+        register_family(Net, adapter(), {"resnet18": {}}, input_size=(3, 8, 8), num_classes=3)
+    with pytest.raises(ValueError, match="'resnet18' is a ResNet, not a Net"):
+        register_anchor(Net, adapter(), example="resnet18")
+    with pytest.raises(ValueError, match=r"has no model 'digit_mixer_l'; the nearest are digit_mixer_"):
+        StitchableConfig.from_anchors(["digit_mixer_s", "digit_mixer_l"])
+
+
+def test_importing_the_package_builds_no_model() -> None:
+    program = """
+from torch import nn
+import timm
+modules = {name for name in __import__("sys").modules if name.startswith("timm")}
+built = []
+construct = nn.Module.__init__
+nn.Module.__init__ = lambda self, *args, **kwargs: (built.append(type(self)), construct(self, *args, **kwargs))[1]
+import stitchable
+assert not [kind for kind in built if kind.__module__.startswith(("timm", "stitchable"))], built
+assert {name for name in __import__("sys").modules if name.startswith("timm")} == modules
+"""
+    run_python(program, cwd=Path.cwd())

@@ -49,6 +49,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/partial_loading.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/any_two.py
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

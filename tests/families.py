@@ -61,6 +61,14 @@ FAMILIES = {
     "vit-registers": _vit(reg_tokens=2),
     "vit-no-class-token": _vit(class_token=False, global_pool="avg"),
     "deit-distilled": _vit("deit_tiny_distilled_patch16_224"),
+    # What their blocks need besides the features: rotary embeddings, shared biases of the attention.
+    "eva-mixed": Family(*(("vit_small_patch16_rope_mixed_224", _plain_vit(width, 8)[1]) for width in (16, 24))),
+    "beit-shared": Family(
+        *(("beit_base_patch16_224", _plain_vit(width, 8, use_shared_rel_pos_bias=True)[1]) for width in (8, 12))
+    ),
+    "relpos-shared": Family(
+        *(("vit_srelpos_small_patch16_224", _plain_vit(width, 8, rel_pos_dim=4)[1]) for width in (8, 12))
+    ),
     "swin": Family(_swin([2, 2, 2], 8), _swin([2, 6, 2], 12)),
     "resnet": Family(RESNET18, RESNET50, space={"stages": [0, 1, 2]}),
     "levit": Family(_levit("levit_128s", 8), _levit("levit_128s", 12), image_size=64),

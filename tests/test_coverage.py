@@ -1,6 +1,7 @@
 """The table of timm's modules, and that the tests and the documentation cover it."""
 
 import inspect
+import pickle
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_a_module_says_how_many_and_why_not() -> None:
 
 
 def test_an_unknown_module_is_named_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="no module 'convnet'; the nearest are .*convnext"):
+    with pytest.raises(ValueError, match=r"no module 'convnet'; the nearest are .*convnext"):
         survey(["convnet"])
 
 
@@ -39,6 +40,12 @@ def test_the_table_of_the_documentation_is_what_the_command_prints() -> None:
     assert PAGE.read_text().endswith(f"{to_markdown(modules)}\n")
     assert {module.name for module in modules if module.supported} == set(PAIRS)
     assert sum(module.supported for module in modules) >= 0.9 * sum(module.architectures for module in modules)
+
+
+def test_adapters_can_be_pickled() -> None:
+    """A model is sent to other processes with its chains."""
+    for made in adapters.ADAPTERS.values():
+        assert type(pickle.loads(pickle.dumps(made))) is type(made)
 
 
 def test_adapters_stay_descriptions() -> None:

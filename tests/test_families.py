@@ -103,7 +103,8 @@ def own_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
     tokens, place = {}, 0
     for name in names:
         token = getattr(model, name)
-        tokens[name] = token + model.pos_embed[:, place : place + token.shape[1]]
+        positions = getattr(model, "pos_embed", None)
+        tokens[name] = token if positions is None else token + positions[:, place : place + token.shape[1]]
         place += token.shape[1]
     return tokens
 
@@ -203,8 +204,10 @@ def test_least_squares_beats_a_random_layer(name: str) -> None:
     assert all(fitted[layer] < random[layer] for layer in fitted)
 
 
-@ALL
-def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reentrant"), [*((name, False) for name in FAMILIES), ("eva-mixed", True), ("relpos-shared", True)]
+)
+def test_gradient_checkpointing_changes_no_gradient(name: str, reentrant: bool) -> None:
     model, x = make(name), images(name, 4)
     stitch_id = model.stitches[-1].id
     model.train()
@@ -219,11 +222,14 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     with warnings.catch_warnings():
         # transformers 5.2x renames it; the old name is what users of all versions know.
         warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     assert model.gradient_checkpointing
     torch.manual_seed(3)
     model(x, stitch_id=stitch_id).logits.square().sum().backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is None) == (expected[key] is None), key
         if parameter.grad is not None:
-            assert torch.equal(parameter.grad, expected[key]), key
+            if reentrant:  # it sums the gradients of what blocks share in another order
+                torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-4, atol=1e-5)
+            else:
+                assert torch.equal(parameter.grad, expected[key]), key

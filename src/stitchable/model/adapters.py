@@ -5,6 +5,7 @@ function here, the same operations in the same order, so that an anchor computes
 """
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -34,6 +35,10 @@ def _to_nchw(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+def _to_contiguous_nchw(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
 def _tokens_of_nchw(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).transpose(1, 2)
 
@@ -42,14 +47,13 @@ def _tokens_of_nhwc(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1, 2)
 
 
-def _prepend(name: str) -> Operation:
+def _prepend(name: str, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
     """Put the tokens of a parameter in front of the others."""
+    tokens = attrgetter(name)(model)
+    return x if tokens is None else torch.cat((tokens.expand(len(x), -1, -1), x), dim=1)
 
-    def prepend(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-        tokens = attrgetter(name)(model)
-        return x if tokens is None else torch.cat((tokens.expand(len(x), -1, -1), x), dim=1)
 
-    return prepend
+_prepend_class_token = partial(_prepend, "cls_token")
 
 
 def _blocks_of(model: TimmModel, container: str, *before: Operation) -> tuple[Block, ...]:
@@ -114,6 +118,10 @@ def _call_pit(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor, gr
     tokens = x.shape[1] - grid[0] * grid[1]
     pooled, prefix = part(x[:, tokens:].transpose(1, 2).unflatten(2, grid), x[:, :tokens])
     return torch.cat((prefix, pooled.flatten(2).transpose(1, 2)), dim=1), pooled.shape[2:]
+
+
+def _pit_prefix(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
+    return x[:, : model.num_tokens]
 
 
 def _call_tnt(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor, pixels: torch.Tensor) -> Any:
@@ -196,6 +204,10 @@ def _twins_embed(embed: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return tokens.unflatten(1, grid)
 
 
+def _twins_stem(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
+    return _on_tokens_of_nhwc(model.pos_drops[0], _twins_embed(model.patch_embeds[0], x))
+
+
 def _xcit_stem(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
     x, grid = model.patch_embed(x)
     if model.pos_embed is not None:
@@ -214,7 +226,7 @@ def _convit(model: TimmModel) -> Adapter:
         NLC,
         stem=("patch_embed", *(["pos_embed"] if model.use_pos_embed else []), "pos_drop"),
         stages=(local,),
-        neck=(*([_prepend("cls_token")] if others else []), *(name for block in others for name in block), "norm"),
+        neck=(*([_prepend_class_token] if others else []), *(name for block in others for name in block), "norm"),
         uses={"head": ("cls_token",)},
     )
 
@@ -329,14 +341,11 @@ def _twins(model: TimmModel) -> Adapter:
 
     return Adapter(
         NHWC,
-        stem=(
-            lambda model, x: _twins_embed(model.patch_embeds[0], x),
-            lambda model, x: _on_tokens_of_nhwc(model.pos_drops[0], x),
-        ),
+        stem=(_twins_stem,),
         stages=tuple(stage(i) for i in range(len(model.blocks))),
         neck=(_tokens_of_nhwc, "norm"),
         call=_call_twins,
-        uses={"stem": ("patch_embeds.0",)},
+        uses={"stem": ("patch_embeds.0", "pos_drops.0")},
     )
 
 
@@ -397,7 +406,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "vision_transformer.VisionTransformer": _VIT,
     "beit.Beit": Adapter(
         NLC,
-        stem=("patch_embed", _prepend("cls_token"), "pos_embed", "pos_drop"),
+        stem=("patch_embed", _prepend_class_token, "pos_embed", "pos_drop"),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
@@ -448,7 +457,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     ),
     "vision_transformer_relpos.VisionTransformerRelPos": Adapter(
         NLC,
-        stem=("patch_embed", _prepend("cls_token")),
+        stem=("patch_embed", _prepend_class_token),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
@@ -500,7 +509,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "metaformer.MetaFormer": Adapter(NCHW, stem=("stem",), stages=("stages.*",), call=_call_metaformer),
     "mvitv2.MultiScaleVit": Adapter(
         NLC,
-        stem=("patch_embed", _prepend("cls_token"), "pos_embed"),
+        stem=("patch_embed", _prepend_class_token, "pos_embed"),
         stages=("stages.*",),
         neck=("norm",),
         prefix=("cls_token",),
@@ -513,17 +522,13 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
         NLC,
         stem=("patch_embed", "pos_embed", "pos_drop", _pit_tokens),
         stages=("transformers.*",),
-        neck=(lambda model, x: x[:, : model.num_tokens], "norm"),
+        neck=(_pit_prefix, "norm"),
         prefix=("cls_token",),
         call=_call_pit,
         context=_grid_as_context,
     ),
     "pvt_v2.PyramidVisionTransformerV2": Adapter(
-        NHWC,
-        stem=("patch_embed",),
-        stages=("stages.*",),
-        neck=(lambda model, x: x.permute(0, 3, 1, 2).contiguous(),),
-        call=_call_pvt,
+        NHWC, stem=("patch_embed",), stages=("stages.*",), neck=(_to_contiguous_nchw,), call=_call_pvt
     ),
     "rdnet.RDNet": Adapter(NCHW, stem=("stem",), stages=("dense_stages",), neck=("norm_pre",)),
     "repvit.RepVit": _STAGES,
@@ -542,9 +547,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     # Stages by other names.
     "densenet.DenseNet": _densenet,
     "dla.DLA": Adapter(
-        NCHW,
-        stem=("base_layer", "level0", "level1"),
-        stages=(tuple((f"level{i}",) for i in (2, 3, 4, 5)),),
+        NCHW, stem=("base_layer", "level0", "level1"), stages=(tuple((f"level{i}",) for i in (2, 3, 4, 5)),)
     ),
     "efficientnet.EfficientNet": Adapter(
         NCHW, stem=("conv_stem", "bn1"), stages=("blocks.*",), neck=("conv_head", "bn2")

@@ -1,7 +1,11 @@
 """Anchors that differ in stages, grids, sizes and prefix tokens; what cannot be joined."""
 
+from pathlib import Path
+
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from families import images, make
 from stitchable import StitchableConfig, StitchableForImageClassification
@@ -122,3 +126,25 @@ def test_every_stitch_of_a_mixed_family_is_independent_of_the_others_in_its_batc
         for stitch in model.stitches:
             alone = torch.cat([model(x[i : i + 1], stitch_id=stitch.id).logits for i in range(2)])
             torch.testing.assert_close(model(x, stitch_id=stitch.id).logits, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_another_input_size_are_resampled_as_timm_does(tmp_path: Path) -> None:
+    name, kwargs = "vit_tiny_patch16_224", {"patch_size": 8, "depth": 2, "num_heads": 2, "num_classes": 5}
+    files = {}
+    for width, size in ((8, 32), (12, 48)):
+        torch.manual_seed(width)
+        files[width] = tmp_path / f"{width}.safetensors"
+        save_file(timm.create_model(name, img_size=size, embed_dim=width, **kwargs).state_dict(), files[width])
+    del kwargs["num_classes"]
+    anchors = [
+        {"architecture": name, "kwargs": {**kwargs, "embed_dim": width}, "weights": file}
+        for width, file in files.items()
+    ]
+    model = StitchableForImageClassification.from_anchors(anchors, image_size=48, **PIXELS).eval()
+    overlay = {"file": str(files[8]), "num_classes": 5}
+    twin = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, img_size=48, embed_dim=8, **kwargs
+    ).eval()
+    x = torch.randn(2, 3, 48, 48)
+    assert twin.pos_embed.shape[1] == 37
+    assert torch.equal(model(x, stitch_id=0).logits, twin(x))

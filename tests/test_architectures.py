@@ -49,6 +49,10 @@ def timm_twin(model: StitchableForImageClassification, index: int) -> nn.Module:
 def check_an_anchor_is_timm(model: StitchableForImageClassification, index: int) -> None:
     x, twin = images_of(model, 2), timm_twin(model, index)
     with torch.no_grad():
+        tokens = model.chains[index].prefix_tokens
+        if tokens:  # what features that come without get are those of the stem
+            own, begun = model.chains[index].own_prefix(twin), model.chains[index].run_stem(twin, x).features
+            torch.testing.assert_close(own.expand(2, -1, -1), begun[:, :tokens])
         logits = model(x, stitch_id=index).logits
         assert torch.isfinite(logits).all()
         assert torch.equal(logits, twin(x))

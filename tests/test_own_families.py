@@ -145,6 +145,67 @@ def test_what_is_no_chain_is_refused_at_registration(described: Adapter, kwargs:
     assert not architectures.is_known("net_s")
 
 
+class TokenNet(nn.Module):
+    """A class token, with positions by a name that is not timm's."""
+
+    def __init__(self, num_classes: int = 3, img_size: int = 8) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, 2, stride=2)
+        self.token = nn.Parameter(torch.ones(1, 1, 6))
+        self.positions = nn.Parameter(torch.ones(1, 1 + (img_size // 2) ** 2, 6))
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(6, 2, 12, batch_first=True) for _ in range(3)))
+        self.classifier = nn.Linear(6, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), dim=1) + self.positions
+        return self.classifier(self.blocks(x)[:, 0])
+
+
+def tokens_of(model: TokenNet, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((model.token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)), dim=1)
+
+
+def class_token_of(model: TokenNet, x: torch.Tensor) -> torch.Tensor:
+    return x[:, 0]
+
+
+def own_token_of(model: TokenNet) -> torch.Tensor:
+    return model.token + model.positions[:, :1]
+
+
+@torch.no_grad()
+def test_a_family_with_a_class_token_meets_a_cnn() -> None:
+    parts = {
+        "layout": Layout.NLC,
+        "stem": ("patches", tokens_of, "positions"),
+        "stages": ("blocks",),
+        "head": (class_token_of, "classifier"),
+        "prefix": ("token",),
+    }
+    sizes = {"input_size": (3, 8, 8), "num_classes": 3}
+    with pytest.raises(ValueError, match="TokenNet: its stem puts other tokens first"):
+        register_family(TokenNet, Adapter(**parts), {"token_net": {}}, **sizes)
+    register_family(TokenNet, Adapter(**parts, own_prefix=own_token_of), {"token_net": {}}, **sizes)
+    settings = {"image_size": 16, "num_labels": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    config = StitchableConfig.from_anchors(["token_net", "digit_mixer_m"], direction="both", **settings)
+    assert config.anchors[0]["kwargs"] == {"img_size": 16}
+    model = randomise(StitchableForImageClassification(config)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(x, stitch_id=0).logits, model.anchors[0](x))
+    into_tokens = next(stitch for stitch in model.stitches if len(stitch.route) > 1 and stitch.route[1].anchor == 0)
+    mapped = model.get_stitching_layer(into_tokens.layers[0])
+    (front, _, stop), (_, start, _) = into_tokens.route
+    mixer, net = model.anchors[front], model.anchors[0]
+    features = mapped.weight @ mixer.blocks[:stop](mixer.stem(x)).flatten(2) + mapped.bias[:, None]
+    tokens = torch.cat((own_token_of(net).expand(2, -1, -1), features.transpose(1, 2)), dim=1)
+    expected = net.classifier(net.blocks[start:](tokens)[:, 0])
+    torch.testing.assert_close(model(x, stitch_id=into_tokens.id).logits, expected)
+    extracted = model.extract(into_tokens.id)
+    assert torch.equal(extracted(x).logits, model(x, stitch_id=into_tokens.id).logits)
+    assert sum(parameter.numel() for parameter in extracted.parameters()) == into_tokens.params
+
+
 def test_registration_leaves_the_state_of_random_numbers_alone() -> None:
     torch.manual_seed(5)
     expected = torch.randn(3)

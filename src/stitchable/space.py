@@ -205,7 +205,7 @@ def _check_stages(
     anchors: Sequence[AnchorShape], stages: Sequence[int] | None, num_stages: int, resize: Resize | None
 ) -> Sequence[int]:
     if not num_stages:
-        raise ValueError(f"the anchors meet nowhere. {_why_empty(anchors, resize)}")
+        raise ValueError(f"the anchors meet nowhere, so this space has no stitch. {_why_empty(anchors, resize)}")
     if stages is None:
         return default_stages(anchors, resize)
     if len(set(stages)) != len(stages) or any(type(s) is not int or not 0 <= s < num_stages for s in stages):

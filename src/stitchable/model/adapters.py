@@ -192,6 +192,10 @@ def _tnt_pixels(model: TimmModel, x: torch.Tensor, pixel_values: torch.Tensor, g
     return (model.pixel_embed(pixel_values, model.pixel_pos),)
 
 
+def _tnt_prefix(model: TimmModel) -> torch.Tensor:
+    return model.cls_token + model.patch_pos[:, :1]
+
+
 def _tnt_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = model.pixel_embed(x, model.pixel_pos)
     patches = model.norm2_proj(model.proj(model.norm1_proj(pixels.reshape(len(x), model.num_patches, -1))))
@@ -451,6 +455,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
+        own_prefix=_tnt_prefix,
         call=_call_tnt,
         context=_tnt_pixels,
         uses={"stem": ("norm1_proj", "proj", "norm2_proj", "pos_drop"), "context": ("pixel_embed", "pixel_pos")},
@@ -524,6 +529,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
         stages=("transformers.*",),
         neck=(_pit_prefix, "norm"),
         prefix=("cls_token",),
+        own_prefix=attrgetter("cls_token"),  # its positions are those of the grid
         call=_call_pit,
         context=_grid_as_context,
     ),

@@ -68,14 +68,17 @@ class Adapter:
         neck: what follows the last block before the head, such as a final norm. It belongs to the head.
         head: what turns the features into logits, the classifier last; empty for timm's own `forward_head`.
         prefix: parameters (1, tokens, C) that the stem puts in front of the grid (layout NLC), in order.
+        own_prefix: what these are at cut 0 (1, tokens, C), a function of the model, if not their sum with the first
+            positions of `pos_embed` (unless the model says `no_embed_class`) after `norm_pre`, as in timm's ViT.
         call: how the operation of a block is called, if not as `operation(features, *context)`: a function of the
             model, the operation, the number of the block, the features and the context. It returns the features, or a
             tuple of the features and the context of the next block.
         context: what the blocks need besides the features, when the stem returns none and when a stitch enters the
             anchor in its middle: a function of the model, the features, the pixel values and the grid (None after the
             anchor's own stem) that returns a tuple.
-        uses: further submodules and parameters of the parts "stem", "context", and "head", which their functions and
-            methods use. What no part names is the stem's if the model itself owns it, and the head's otherwise.
+        uses: further submodules and parameters of the parts "stem", "prefix", "context" and "head", which their
+            functions and methods use. What no part names is the stem's (the prefix's, if there is one) if the model
+            itself owns it, and the head's otherwise.
     """
 
     layout: Layout
@@ -84,9 +87,10 @@ class Adapter:
     neck: tuple[Operation, ...] = ()
     head: tuple[Operation, ...] = ()
     prefix: tuple[str, ...] = ()
+    own_prefix: Callable[[TimmModel], torch.Tensor] | None = None
     call: Callable[..., Any] | None = None
     context: Callable[[TimmModel, torch.Tensor, torch.Tensor, Grid | None], tuple[Any, ...]] | None = None
-    uses: Mapping[Literal["stem", "context", "head"], Sequence[str]] | None = None
+    uses: Mapping[Literal["stem", "prefix", "context", "head"], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -205,12 +209,13 @@ class Chain:
 
     def own_prefix(self, model: TimmModel) -> torch.Tensor:
         """The prefix tokens (1, tokens, C) of cut 0, for features that come without."""
+        if self.adapter.own_prefix is not None:
+            return self.adapter.own_prefix(model)
         named = [_find(model, name) for name in self.adapter.prefix]
         tokens = torch.cat([token for token in named if token is not None], dim=1)
-        for name in ("pos_embed", "patch_pos"):
-            positions = getattr(model, name, None)
-            if positions is not None and positions.ndim == 3 and not getattr(model, "no_embed_class", False):
-                tokens = tokens + positions[:, : tokens.shape[1]]
+        positions = getattr(model, "pos_embed", None)
+        if positions is not None and not getattr(model, "no_embed_class", False):
+            tokens = tokens + positions[:, : tokens.shape[1]]
         return _run(model, "norm_pre", tokens) if hasattr(model, "norm_pre") else tokens
 
     def measure(self, features: Any, image_size: Sequence[int]) -> tuple[int, int, int]:
@@ -330,7 +335,11 @@ def _owners(model: TimmModel, adapter: Adapter, blocks: Sequence[Block]) -> dict
         own(index, block)
     for part, names in (adapter.uses or {}).items():
         own(part, names)
-    own("prefix", (*adapter.prefix, "norm_pre") if adapter.prefix else ())  # see own_prefix
+    if adapter.prefix:  # see own_prefix; position embeddings have a place for each token
+        added = [
+            name for name in adapter.stem if isinstance(name, str) and isinstance(_find(model, name), nn.Parameter)
+        ]
+        own("prefix", (*adapter.prefix, *added, "norm_pre"))
     return owners
 
 
@@ -372,6 +381,9 @@ def check_chain(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> N
         try:
             flow = chain.run_stem(model, pixel_values)
             chain.measure(flow.features, image_size)
+            tokens = flow.features[:, : chain.prefix_tokens]
+            if chain.prefix_tokens and not torch.allclose(chain.own_prefix(model).expand_as(tokens), tokens, atol=1e-5):
+                raise ValueError(f"{name}: its stem puts other tokens first than those of prefix; describe own_prefix")
             for index in range(chain.depth):
                 place = f"block {index}"
                 flow = chain.run_block(model, index, flow)

@@ -39,6 +39,14 @@ def _resnet18(layers: list[int]) -> tuple[str, dict[str, Any]]:
     return "resnet18", {"layers": layers, "channels": [4, 8, 12, 16]}
 
 
+def _tnt(width: int) -> dict[str, Any]:
+    return {"img_size": 32, "patch_size": 8, "embed_dim": width, "inner_dim": 8, "depth": 3, "num_heads_outer": 2}
+
+
+def _pit(width: int) -> dict[str, Any]:
+    return {"img_size": 32, "patch_size": 4, "stride": 4, "base_dims": [width] * 2, "depth": [2, 2], "heads": [1, 2]}
+
+
 def _swin(depths: list[int], width: int, patch_size: int = 2, image_size: int = 32) -> tuple[str, dict[str, Any]]:
     kwargs = {"img_size": image_size, "patch_size": patch_size, "window_size": 4, "num_heads": [1, 2, 4, 4]}
     return "swin_tiny_patch4_window7_224", {**kwargs, "depths": depths, "embed_dim": width}
@@ -98,9 +106,16 @@ FAMILIES = {
 }
 
 
+# Their blocks take or return more than features, which not every test can imitate.
+WITH_STREAMS = {
+    "tnt": Family(*(("tnt_s_patch16_224", _tnt(width)) for width in (8, 12))),
+    "pit": Family(*(("pit_ti_224", _pit(width)) for width in (4, 6))),
+}
+
+
 def make(name: str, seed: int = 0, **settings: Any) -> StitchableForImageClassification:
     """The stitchable model of a family, everything randomised, in evaluation mode."""
-    family = FAMILIES[name]
+    family = {**FAMILIES, **WITH_STREAMS}[name]
     settings = {"image_size": family.image_size, "num_labels": NUM_LABELS, **family.space, **settings}
     # Families of one's own making need no agreement on the pixels' normalisation.
     settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -115,7 +130,7 @@ _configs: dict[tuple[str, str], StitchableConfig] = {}
 
 def images(name: str, number: int = 2, seed: int = 1) -> torch.Tensor:
     """Normalised pixel values (number, 3, H, W) for a family."""
-    size = FAMILIES[name].image_size
+    size = {**FAMILIES, **WITH_STREAMS}[name].image_size
     return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 

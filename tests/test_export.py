@@ -122,3 +122,12 @@ def test_what_cannot_be_exported_is_said(tmp_path, capfd) -> None:
         export_onnx(model, tmp_path, [0])
     with pytest.raises(ValueError, match=r"model\.float\(\) converts it"):
         export_onnx(model.to(torch.bfloat16), tmp_path / "half", [0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["beit-shared", "pit", "tnt", "resnet-vit"])
+def test_contexts_and_own_tokens_are_exported_for_any_number_of_images(name: str, tmp_path) -> None:
+    model, x = make(name), images(name, 3)
+    stitch = model.stitches[-1]
+    program = torch.export.load(export_program(model, tmp_path / "stitch.pt2", stitch.id))
+    torch.testing.assert_close(program.module()(x), model(x, stitch_id=stitch.id).logits, rtol=1e-4, atol=1e-4)

@@ -17,6 +17,7 @@ FILES = {
         "adapters.py",
         "anchors.py",
         "architectures.py",
+        "checks.py",
         "configuration_stitchable.py",
         "families.py",
         "modeling_stitchable.py",

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from families import images, make
-from stitchable import StitchableConfig, StitchableForImageClassification
+from stitchable import Layout, StitchableConfig, StitchableForImageClassification
 from stitchable.model.routes import AnchorShape, Cut, carried_tokens
+from stitchable.model.stitching import Side, rows_of
 from stitchable.space import enumerate_stitches
 
+DIRECTIONS = ("fast_to_slow", "slow_to_fast")
 PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_labels": 5}
 
 
@@ -65,6 +67,27 @@ def test_resizing_joins_the_nearest_stages_but_never_before_a_downsampling() -> 
     cnn, vit = staged((2, 60), (2, 30), (2, 15)), plain(2, 16)
     assert joints(cnn, vit, resize="bilinear") == {(0, 5, 1, 0), (0, 5, 1, 1), (0, 6, 1, 0), (0, 6, 1, 1)}
     assert joints(cnn, vit, resize="bilinear", direction="slow_to_fast") == {(1, 1, 0, 5), (1, 2, 0, 5)}
+
+
+def test_resizing_meets_on_the_same_stages_in_both_directions() -> None:
+    small, large = staged((2, 14), (2, 7)), staged((2, 16), (2, 10))
+    forth, back = (joints(small, large, resize="bilinear", stages=[1], direction=d) for d in DIRECTIONS)
+    assert forth
+    assert back
+    # Two stages of one anchor may be nearest to the same stage of the other.
+    assert {
+        stop for _, stop, _, _ in joints(staged((2, 28), (2, 14)), staged((2, 12), (2, 7), (2, 3)), resize="bilinear")
+    } == {
+        1,
+        3,
+    }
+
+
+def test_least_squares_pairs_tokens_by_name() -> None:
+    x = torch.randn(2, 2 + 16, 3)
+    side = Side(3, Layout.NLC, (4, 4), 2)
+    rows = rows_of(x, side, (1, 0), (4, 4)).unflatten(0, (2, 18))
+    assert torch.equal(rows, x[:, [1, 0, *range(2, 18)]])
 
 
 def test_prefix_tokens_are_matched_by_name() -> None:

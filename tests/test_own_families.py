@@ -41,11 +41,26 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 class Net(nn.Module):
     """A stem, four blocks and a classifier, composed as a test says."""
 
-    def __init__(self, num_classes: int = 3, order: tuple[int, ...] = (0, 1, 2, 3), shortcut: bool = False) -> None:
+    def __init__(
+        self,
+        num_classes: int = 3,
+        order: tuple[int, ...] = (0, 1, 2, 3),
+        shortcut: bool = False,
+        scaled: bool = False,
+        tied: bool = False,
+        answer: str = "logits",
+        rate: float = 0.0,
+        in_chans: int = 3,
+    ) -> None:
         super().__init__()
-        self.order, self.shortcut = order, shortcut
-        self.stem = nn.Conv2d(3, 6, 2, stride=2)
+        self.order, self.shortcut, self.scaled, self.answer = order, shortcut, scaled, answer
+        self.scale = nn.Parameter(torch.ones(6, 1, 1))
+        self.stem = nn.Conv2d(in_chans, 6, 2, stride=2)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.GELU()) for _ in range(4))
+        if tied:
+            self.blocks[1][0].weight = self.blocks[0][0].weight
+        if rate:
+            self.rates = [rate.item() for rate in torch.linspace(0, rate, 4)]  # which the meta device cannot do
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(6, num_classes)
 
@@ -53,7 +68,16 @@ class Net(nn.Module):
         x = first = self.stem(x)
         for index in self.order:
             x = self.blocks[index](x + first if self.shortcut and index == 2 else x)
-        return self.classifier(self.pool(x))
+        logits = self.classifier(self.pool(x * self.scale if self.scaled else x))
+        return logits if self.answer == "logits" else {"logits": logits}
+
+
+def scaled_stem(model: Net, x: torch.Tensor) -> torch.Tensor:
+    return model.stem(x) + 0 * model.classifier.weight.sum()
+
+
+def scaled(model: Net, x: torch.Tensor) -> torch.Tensor:
+    return x * model.scale
 
 
 def adapter(layout: Layout = Layout.NCHW, **parts) -> Adapter:
@@ -100,6 +124,32 @@ torch.testing.assert_close(model(torch.ones(1, 3, 8, 8)).logits, torch.load("exp
         run_python(code, cwd=tmp_path)
 
 
+def test_other_code_of_the_same_names_is_not_taken_for_it(tmp_path: Path) -> None:
+    StitchableForImageClassification.from_anchors(NAMES, pretrained=False).save_pretrained(tmp_path)
+    StitchableForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    file = tmp_path / EXAMPLE.name
+    file.write_text(file.read_text().replace("nn.GELU", "nn.ReLU"))
+    with pytest.raises(ValueError, match=r"other code of digit_mixer_m than the digit_mixer\.py that is registered"):
+        StitchableForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    StitchableForImageClassification.from_pretrained(tmp_path)  # what is registered here
+
+    class DigitMixer(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match=r"architecture 'digit_mixer_s' already, of digit_mixer\.DigitMixer"):
+        register_family(DigitMixer, adapter(), {"digit_mixer_s": {}}, input_size=(3, 8, 8), num_classes=3)
+
+
+def test_files_that_do_not_import_are_named(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(ValueError, match="there is a module json already"):
+        run_modules([str(tmp_path / "json.py")])
+    (tmp_path / "broken_family.py").write_text("1 / 0")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            run_modules([str(tmp_path / "broken_family.py")])
+
+
 def test_weights_come_from_a_file_and_a_classifier_of_other_classes_is_new(tmp_path: Path) -> None:
     files = {}
     for name in NAMES:
@@ -137,6 +187,17 @@ def test_weights_come_from_a_file_and_a_classifier_of_other_classes_is_new(tmp_p
         (adapter(Layout.NLC), {}, r"declares features NLC, but found are some of shape \(2, 6, 4, 4\)"),
         (adapter(stem=(lambda model, x: {"x": model.stem(x)},)), {}, "declares features NCHW, but found are some dict"),
         (adapter(head=()), {}, "an adapter whose head ends with the name of the classifier"),
+        (adapter(stem=(scaled_stem,)), {}, r"its stem needs .* name them in uses=\{'stem': \(\.\.\.\)\}"),
+        (
+            adapter(stem=(scaled_stem,), uses={"stem": ("stem", "scal")}),
+            {},
+            "names a part that this model lacks: .*scal",
+        ),
+        (adapter(neck=(scaled,)), {"scaled": True}, "its neck or head needs .* uses={'head'"),
+        (adapter(), {"tied": True}, r"Net uses blocks\.0\.0\.weight at several places"),
+        (adapter(), {"answer": "dict"}, "the forward of Net returns a dict, not logits"),
+        (adapter(), {"rate": 0.1}, "'net_s' cannot be made with {'rate': 0.1}: .*meta"),
+        (adapter(), {"in_chans": 1}, r"Net cannot take images \(2, 3, 8, 8\)"),
     ],
 )
 def test_what_is_no_chain_is_refused_at_registration(described: Adapter, kwargs: dict, message: str) -> None:
@@ -218,6 +279,17 @@ def test_registration_leaves_the_state_of_random_numbers_alone() -> None:
 def test_bad_registrations_are_refused() -> None:
     with pytest.raises(ValueError, match="timm has an architecture 'resnet18'"):
         register_family(Net, adapter(), {"resnet18": {}}, input_size=(3, 8, 8), num_classes=3)
+    with pytest.raises(ValueError, match=r"input_size is .*, got 8"):
+        register_family(Net, adapter(), {"net_s": {}}, input_size=8, num_classes=3)
+    with pytest.raises(ValueError, match=r"'net_m' cannot be made with {'widht': 3}"):
+        register_family(Net, adapter(), {"net_s": {}, "net_m": {"widht": 3}}, input_size=(3, 8, 8), num_classes=3)
+    for parts, message in (
+        ({"stages": "blocks"}, r"stages of an adapter is a tuple, got 'blocks'; write \('blocks',\)"),
+        ({"layout": "NCHW"}, "a Layout, such as Layout.NCHW, got 'NCHW'"),
+        ({"uses": {"neck": ("scale",)}}, "uses is of the parts .*, got 'neck'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapter(**parts)
     with pytest.raises(ValueError, match="'resnet18' is a ResNet, not a Net"):
         register_anchor(Net, adapter(), example="resnet18")
     with pytest.raises(ValueError, match=r"has no model 'digit_mixer_l'; the nearest are digit_mixer_"):

@@ -99,6 +99,7 @@ def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
             "adapters.py",
             "anchors.py",
             "architectures.py",
+            "checks.py",
             "configuration_stitchable.py",
             "families.py",
             "modeling_stitchable.py",

@@ -72,7 +72,8 @@ def build_config(
     _check_labels(num_labels, config.get("id2label"))
     image_size = _agreed([(anchor.name, anchor.image_size) for anchor in entries], "image_size", image_size)
     image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    num_channels = _agreed([(anchor.name, anchor.num_channels) for anchor in entries], "in_chans", fix="")
+    channels = [(anchor.name, anchor.num_channels) for anchor in entries]
+    num_channels = _agreed(channels, "in_chans", fix=", or give kwargs={'in_chans': ...}")
     for key, timm_key in (("image_mean", "mean"), ("image_std", "std")):
         config[key] = _agreed([(anchor.name, tuple(anchor.cfg[timm_key])) for anchor in entries], key, config.get(key))
 
@@ -264,7 +265,9 @@ def _own_model(anchor: _Anchor, num_labels: int | None) -> TimmModel:
     classifier = f"{anchor.cfg['classifier']}."
     if anchor.num_classes != num_labels:
         own = model.state_dict()
-        state_dict = {name: own[name] if name.startswith(classifier) else value for name, value in state_dict.items()}
+        state_dict = {
+            name: own.get(name, value) if name.startswith(classifier) else value for name, value in state_dict.items()
+        }
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location, spec_from_loader
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import cached_file, logging
 
+from stitchable.model.architectures import own_architectures
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -30,13 +32,19 @@ def run_modules(paths: Sequence[str]) -> None:
         if not path.is_file():
             raise ValueError(f"modules: there is no file {path}")
         if path.stem in sys.modules:
-            continue
+            if Path(getattr(sys.modules[path.stem], "__file__", None) or "").resolve() == path.resolve():
+                continue
+            raise ValueError(f"modules: there is a module {path.stem} already, give {path} another name")
         spec = spec_from_file_location(path.stem, path)
         assert spec
         assert spec.loader
         # timm's register_model looks its module up.
         sys.modules[path.stem] = module = module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[path.stem]
+            raise
 
 
 def carry_families(model: StitchablePreTrainedModel, classes: Iterable[type[nn.Module]], folder: str | Path) -> None:
@@ -80,7 +88,7 @@ def import_families(source: str | Path, files: Sequence[str], **hub: Any) -> Non
     for file in files:
         path = cached_file(source, file, **hub)
         assert path is not None  # else it raises
-        text = Path(path).read_text().replace("from .architectures import", "from stitchable import")
+        text = re.sub(r"from \.(architectures|anchors) import", "from stitchable import", Path(path).read_text())
         # By content: another checkpoint may bring another file of this name.
         name = f"stitchable_{Path(file).stem}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if name in sys.modules:
@@ -94,6 +102,32 @@ def import_families(source: str | Path, files: Sequence[str], **hub: Any) -> Non
         except BaseException:
             del sys.modules[name]
             raise
+
+
+def check_families(source: str | Path, files: Sequence[str], architectures: Iterable[str], **hub: Any) -> None:
+    """Refuse a checkpoint that brings other code of its architectures than what is registered in this process.
+
+    Args:
+        source: a folder, or the id of a repository on the Hub.
+        files: the files that it brings along.
+        architectures: those of its anchors.
+        hub: as for any file of the Hub.
+
+    Raises:
+        ValueError: the files differ.
+    """
+    registered = own_architectures()
+    for name in sorted(set(architectures) & set(registered)):
+        try:
+            own, text = _read(registered[name])
+        except ValueError:  # such as a class of a notebook, which no file can equal
+            continue
+        path = cached_file(source, own.name, **hub) if own.name in files else None
+        if path is None or Path(path).read_text().split() != text.split():
+            raise ValueError(
+                f"{source} brings other code of {name} than the {own.name} that is registered here; load it in a "
+                "process of its own, or without trust_remote_code to run what is registered"
+            )
 
 
 def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
@@ -116,7 +150,7 @@ def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
         raise ValueError(f"{path.name} has the name of a file that every checkpoint has")
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.level and node.module != "architectures":
+        if isinstance(node, ast.ImportFrom) and node.level and node.module not in ("architectures", "anchors"):
             raise ValueError(f"line {node.lineno} of {path.name} imports from a file beside it, and only one travels")
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
@@ -126,12 +160,16 @@ def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
         if "stitchable" not in _top_levels(node):
             continue
         names = {alias.name for alias in node.names}
-        if isinstance(node, ast.Import) or names - _OFFERED or any(alias.asname for alias in node.names):
+        plain = isinstance(node, ast.ImportFrom) and node.module == "stitchable"
+        if not plain or names - _OFFERED or any(alias.asname for alias in node.names):
             offered = ", ".join(sorted(_OFFERED))
             raise ValueError(f"line {node.lineno} of {path.name} is not of the form `from stitchable import {offered}`")
-        further = (node.end_lineno or node.lineno) - node.lineno
-        rewritten = f"from .architectures import {', '.join(sorted(names))}"
-        lines[node.lineno - 1 : node.lineno + further] = [rewritten, *[""] * further]
+        first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+        before, after = lines[first].encode()[: node.col_offset], lines[last].encode()[node.end_col_offset :]
+        rewritten = f"{before.decode()}from .architectures import {', '.join(sorted(names))}{after.decode()}"
+        if ";" in rewritten:
+            raise ValueError(f"line {node.lineno} of {path.name} has another statement beside its import of stitchable")
+        lines[first : last + 1] = [rewritten, *[""] * (last - first)]
     return path, "\n".join([*lines, ""])
 
 

@@ -44,6 +44,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of models that the checkpoint brings.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, mps, ...")]
 
+Modules = Annotated[list[Path] | None, typer.Option(help="Python file that registers models of one's own.")]
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -80,7 +82,7 @@ def build(
     pairs: Annotated[str | None, typer.Option(help="all or forward positions of a window; as the authors do.")] = None,
     stages: Annotated[str | None, typer.Option(help="Stages to stitch, such as 0,1,2; as the authors do.")] = None,
     resize: Annotated[str | None, typer.Option(help="bilinear, to join grids of different sizes too.")] = None,
-    module: Annotated[list[Path] | None, typer.Option(help="Python file that registers models of one's own.")] = None,
+    module: Modules = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels; the anchors' own if left out.")] = None,
     num_labels: Annotated[int | None, typer.Option(help="Classes; the anchors' own if left out.")] = None,
 ) -> None:
@@ -113,14 +115,16 @@ def build(
 @command
 def families(
     modules: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODULE]...", help="Modules of timm, such as convnext; all if none.")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Modules of timm, such as convnext; all if none.")
     ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print a Markdown table, as in docs/families.md.")
     ] = False,
+    module: Modules = None,
     as_json: Json = False,
 ) -> None:
     """Print which architectures of timm can be stitched, by module, and why the others cannot."""
+    run_modules([str(path) for path in module or ()])
     rows = coverage.survey(modules or ())
     if as_json:
         typer.echo(json.dumps(coverage.to_dicts(rows), indent=2))

@@ -67,11 +67,13 @@ def to_markdown(modules: Sequence[Module]) -> str:
 
 def total(modules: Sequence[Module]) -> str:
     """How many modules and architectures there are, and how many can be stitched."""
-    supported = [module for module in modules if module.supported]
+    timms = [module for module in modules if module.name in timm.list_modules()]
+    supported = [module for module in timms if module.supported]
+    own = sum(module.architectures for module in modules) - sum(module.architectures for module in timms)
     return (
-        f"timm {timm.__version__}: {len(supported)} of {len(modules)} modules, "
-        f"{sum(module.supported for module in modules):,} of {sum(module.architectures for module in modules):,} "
-        "architectures."
+        f"timm {timm.__version__}: {len(supported)} of {len(timms)} modules, "
+        f"{sum(module.supported for module in timms):,} of {sum(module.architectures for module in timms):,} "
+        f"architectures{f', and {own} of your own' if own else ''}."
     )
 
 

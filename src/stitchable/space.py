@@ -12,8 +12,8 @@ order, then the chains through more than two anchors.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, groupby, pairwise
-from typing import Literal, NamedTuple
+from itertools import combinations, groupby, pairwise, permutations
+from typing import Any, Literal, NamedTuple
 
 from stitchable.model.routes import AnchorShape, Segment, Stitch, layer_name, why_not_joined
 
@@ -108,16 +108,18 @@ def stages_of(
 
     Anchors with the same stages meet stage by stage, others where their grids are equal (nearest, if they are resized).
     """
-    pairs = [pair for a, b in combinations(range(len(anchors)), 2) for pair in ((a, b), (b, a))]
     runs = [_runs_of_stages(anchor) for anchor in anchors]
     if len({tuple(run.grid for run in stages) for stages in runs}) == 1:
+        pairs = list(permutations(range(len(anchors)), 2))
         return [{(a, b): (runs[a][stage], runs[b][stage]) for a, b in pairs} for stage in range(len(runs[0]))]
     runs = [_runs_of_grids(anchor) for anchor in anchors]
-    by_grid: dict[tuple[int, int], dict[tuple[int, int], tuple[Run, Run]]] = {}
-    for a, b in pairs:
-        for mine, other in _meetings(runs[a], runs[b], resize):
-            by_grid.setdefault(min(mine.grid, other.grid, key=math.prod), {})[a, b] = mine, other
-    return [by_grid[grid] for grid in sorted(by_grid, key=math.prod, reverse=True)]
+    by_grids: dict[Any, dict[tuple[int, int], tuple[Run, Run]]] = {}
+    for a, b in combinations(range(len(anchors)), 2):
+        for one, other in _meetings(runs[a], runs[b], resize):
+            # All pairs that meet on the same grids do so in one stage.
+            grids = tuple(sorted((math.prod(run.grid), run.grid) for run in (one, other)))[::-1]
+            by_grids.setdefault(grids, {}).update({(a, b): (one, other), (b, a): (other, one)})
+    return [by_grids[grids] for grids in sorted(by_grids, reverse=True)]
 
 
 def default_stages(anchors: Sequence[AnchorShape], resize: Resize | None = None) -> Sequence[int]:
@@ -165,19 +167,20 @@ def _meetings(runs: Sequence[Run], others: Sequence[Run], resize: Resize | None)
 
 def _why_empty(anchors: Sequence[AnchorShape], resize: Resize | None) -> str:
     grids = ["/".join(f"{h}x{w}" for h, w in dict.fromkeys((c.height, c.width) for c in a.cuts)) for a in anchors]
-    reasons = {
+    reasons = [
         why_not_joined(front, stop, back, start, resize)
-        for front, back in combinations(anchors, 2)
+        for front, back in permutations(anchors, 2)
         for stop in range(1, front.depth)
         for start in range(1, back.depth)
-    } - {None}
-    other = [reason for reason in reasons if reason and "equal grids" not in reason]
-    if other:
-        return other[0]
-    hint = "try other stages, or pairs='all'" + (
-        "" if resize else ", or resize='bilinear', which joins different grids"
-    )
-    return f"The grids of the anchors are {' and '.join(grids)}; {hint}"
+    ]
+    if None not in reasons:
+        other = [reason for reason in reasons if reason and "equal grids" not in reason]
+        if other:
+            return other[0]
+        return f"The grids of the anchors are {' and '.join(grids)}" + (
+            "" if resize else "; resize='bilinear' joins different grids, or another image_size makes them equal"
+        )
+    return f"The grids of the anchors are {' and '.join(grids)}; try other stages, or pairs='all'"
 
 
 def _check_arguments(

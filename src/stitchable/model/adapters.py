@@ -50,7 +50,7 @@ def _tokens_of_nhwc(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
 def _prepend(name: str, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
     """Put the tokens of a parameter in front of the others."""
     tokens = attrgetter(name)(model)
-    return x if tokens is None else torch.cat((tokens.expand(len(x), -1, -1), x), dim=1)
+    return x if tokens is None else torch.cat((tokens.expand(x.shape[0], -1, -1), x), dim=1)
 
 
 _prepend_class_token = partial(_prepend, "cls_token")
@@ -171,7 +171,7 @@ def _gemma_rope(model: TimmModel, x: torch.Tensor, pixel_values: torch.Tensor, g
     assert grid is not None  # the stem returns the context of its own
     rows, columns = torch.meshgrid(*(torch.arange(size, device=x.device) for size in grid), indexing="ij")
     positions = torch.stack((columns, rows), dim=-1).flatten(0, 1)
-    return tuple(model.encoder.rotary_emb(x, positions.expand(len(x), -1, -1)))
+    return tuple(model.encoder.rotary_emb(x, positions.expand(x.shape[0], -1, -1)))
 
 
 def _naflex_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -180,7 +180,7 @@ def _naflex_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 
 def _pit_tokens(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    return torch.cat((model.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)), dim=1), x.shape[2:]
+    return torch.cat((model.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1), x.shape[2:]
 
 
 def _sam_positions(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
@@ -198,8 +198,8 @@ def _tnt_prefix(model: TimmModel) -> torch.Tensor:
 
 def _tnt_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = model.pixel_embed(x, model.pixel_pos)
-    patches = model.norm2_proj(model.proj(model.norm1_proj(pixels.reshape(len(x), model.num_patches, -1))))
-    patches = torch.cat((model.cls_token.expand(len(x), -1, -1), patches), dim=1) + model.patch_pos
+    patches = model.norm2_proj(model.proj(model.norm1_proj(pixels.reshape(x.shape[0], model.num_patches, -1))))
+    patches = torch.cat((model.cls_token.expand(x.shape[0], -1, -1), patches), dim=1) + model.patch_pos
     return model.pos_drop(patches), pixels
 
 
@@ -215,7 +215,7 @@ def _twins_stem(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
 def _xcit_stem(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
     x, grid = model.patch_embed(x)
     if model.pos_embed is not None:
-        x = x + model.pos_embed(len(x), *grid).reshape(len(x), -1, x.shape[1]).permute(0, 2, 1)
+        x = x + model.pos_embed(x.shape[0], *grid).reshape(x.shape[0], -1, x.shape[1]).permute(0, 2, 1)
     return model.pos_drop(x).unflatten(1, grid)
 
 

@@ -92,6 +92,19 @@ class Adapter:
     context: Callable[[TimmModel, torch.Tensor, torch.Tensor, Grid | None], tuple[Any, ...]] | None = None
     uses: Mapping[Literal["stem", "prefix", "context", "head"], Sequence[str]] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is easily written by mistake: a name where a tuple of names belongs, a part that is none."""
+        if not isinstance(self.layout, Layout):
+            raise ValueError(f"the layout of an adapter is a Layout, such as Layout.NCHW, got {self.layout!r}")
+        named: dict[str, Any] = {name: getattr(self, name) for name in ("stem", "stages", "neck", "head", "prefix")}
+        named |= {f"uses[{part!r}]": names for part, names in (self.uses or {}).items()}
+        for name, operations in named.items():
+            if isinstance(operations, str):
+                raise ValueError(f"{name} of an adapter is a tuple, got {operations!r}; write ({operations!r},)")
+        unknown = set(self.uses or ()) - {"stem", "prefix", "context", "head"}
+        if unknown:
+            raise ValueError(f"uses is of the parts 'stem', 'prefix', 'context' and 'head', got {min(unknown)!r}")
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -124,12 +137,9 @@ class Chain:
             stages = [stage for pattern in adapter.stages for stage in _stages(model, pattern)]
             prefix = [(name, tokens) for name in adapter.prefix if (tokens := _find(model, name)) is not None]
             blocks = tuple(block for stage in stages for block in stage)
-            for operation in {
-                *adapter.stem,
-                *adapter.neck,
-                *adapter.head,
-                *(part for block in blocks for part in block),
-            }:
+            used = [name for names in (adapter.uses or {}).values() for name in names]
+            parts = [part for block in blocks for part in block]
+            for operation in (*adapter.stem, *parts, *adapter.neck, *adapter.head, *used):
                 if isinstance(operation, str):
                     attrgetter(operation)(model)
         except AttributeError as error:
@@ -345,70 +355,3 @@ def _owners(model: TimmModel, adapter: Adapter, blocks: Sequence[Block]) -> dict
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-
-
-def check_chain(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> None:
-    """Compare a model, run once by its own `forward`, with its chain, block by block.
-
-    Args:
-        model: the model, in evaluation mode.
-        chain: its chain.
-        pixel_values: images (N, C, H, W) that it can take.
-
-    Raises:
-        ValueError: the composition of the parts is not what the model computes; names the block where they part.
-    """
-    name, image_size = chain.model_class, pixel_values.shape[2:]
-
-    def run(function: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
-        given: dict[str, Any] = {}
-
-        def watch(part: str) -> Callable[[nn.Module, Any], None]:
-            return lambda module, args: given.update({part: args})
-
-        hooks = [
-            module.register_forward_pre_hook(watch(part)) for part, module in chain.modules_of_blocks(model).items()
-        ]
-        try:
-            with torch.no_grad():
-                return given, function()
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def compose() -> torch.Tensor:
-        place = "stem"
-        try:
-            flow = chain.run_stem(model, pixel_values)
-            chain.measure(flow.features, image_size)
-            tokens = flow.features[:, : chain.prefix_tokens]
-            if chain.prefix_tokens and not torch.allclose(chain.own_prefix(model).expand_as(tokens), tokens, atol=1e-5):
-                raise ValueError(f"{name}: its stem puts other tokens first than those of prefix; describe own_prefix")
-            for index in range(chain.depth):
-                place = f"block {index}"
-                flow = chain.run_block(model, index, flow)
-                chain.measure(flow.features, image_size)
-            place = "neck or head"
-            return chain.run_head(model, chain.run_neck(model, flow).features)
-        except (RuntimeError, TypeError, AssertionError, AttributeError) as error:
-            raise ValueError(f"{name} is no chain: its {place} cannot take what comes before it: {error}") from error
-
-    (expected, output), (given, composed) = run(lambda: model(pixel_values)), run(compose)
-    for index, block in enumerate(chain.blocks):
-        for part in block:
-            if isinstance(part, str) and part in given and not _equal(expected.get(part), given[part]):
-                before = f"block {index - 1}" if index else "the stem"
-                found = f"gets something else than what {before} returns" if part in expected else "is not run"
-                raise ValueError(f"{name} is no chain: in its own forward block {index} ({part}) {found}")
-    if not _equal(output, composed):
-        raise ValueError(
-            f"{name} is no chain: its blocks are, but its neck or head gives other logits than its forward"
-        )
-
-
-def _equal(expected: Any, given: Any) -> bool:
-    if isinstance(expected, torch.Tensor) and isinstance(given, torch.Tensor):
-        return expected.shape == given.shape and torch.equal(expected, given)
-    if isinstance(expected, tuple) and isinstance(given, tuple):
-        return all(map(_equal, expected[:1], given[:1])) and bool(expected) == bool(given)
-    return False

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .adapters import ADAPTERS, REFUSED
-from .anchors import Adapter, Chain, Layout, TimmModel, check_chain  # noqa: F401  # Layout for files of families
+from .anchors import Adapter, Chain, Layout, TimmModel  # noqa: F401  # Layout for the files of families
+from .checks import check_chain
 
 _REGISTERED: dict[type[nn.Module], Adapter | Callable[[TimmModel], Adapter]] = {}
 
@@ -52,7 +53,8 @@ def adapter_of_class(model_class: type[nn.Module]) -> Adapter | Callable[[TimmMo
             raise ValueError(f"models of class {name} cannot be stitched: {REFUSED[key]}")
         adapter = _REGISTERED.get(base) or ADAPTERS.get(key)
         # A subclass with a forward of its own may compose its parts in another way.
-        if adapter and getattr(model_class, "forward_features", None) is getattr(base, "forward_features", None):
+        forward = "forward_features" if hasattr(base, "forward_features") else "forward"
+        if adapter and getattr(model_class, forward) is getattr(base, forward):
             return adapter
     raise ValueError(
         f"models of class {name} cannot be stitched yet; `stitchable families` lists those that can. "
@@ -77,7 +79,7 @@ def register_anchor(
 
     The registration holds for this process: a checkpoint of such models loads where the same call was made before.
     """
-    _register(model_class, adapter, example)
+    _register(model_class, adapter, [example])
 
 
 def register_family(
@@ -94,7 +96,8 @@ def register_family(
 
     Args:
         model_class: a module whose constructor takes `num_classes` (and `img_size`, if it must know the size of its
-            images), and whose `forward` takes pixel values (N, C, H, W) to logits (N, num_classes).
+            images, and `in_chans`, if others than those of `input_size` may be asked for) and works on the meta device,
+            and whose `forward` takes pixel values (N, C, H, W) to logits (N, num_classes).
         adapter: where its parts are, the `head` with the classifier last among them.
         architectures: its sizes, smallest first: name -> further arguments of the constructor.
         input_size: (channels, height, width) of the images.
@@ -103,8 +106,8 @@ def register_family(
         std: per channel, that the images are divided by.
 
     Raises:
-        ValueError: a name that timm has, an adapter without a head, or modules that are no chain, which is found by
-            running the first architecture once; names the block where its forward and its parts part.
+        ValueError: a name that timm or another family has, an adapter without a head, or modules that are no chain,
+            which is found by running the first architecture once; names the block where its forward and its parts part.
 
     The registration holds for this process, and for everyone who loads a checkpoint of these models with
     `trust_remote_code=True`: the file that makes this call is saved beside the weights.
@@ -114,9 +117,16 @@ def register_family(
             f"the family of {model_class.__name__} needs architectures, and an adapter whose head ends with "
             "the name of the classifier"
         )
+    if not isinstance(input_size, tuple | list) or len(input_size) != 3:
+        raise ValueError(f"input_size is (channels, height, width), got {input_size!r}")
     for name in architectures:
         if timm.is_model(name):
             raise ValueError(f"timm has an architecture {name!r} of its own, choose another name")
+        other = _OWN[name].model_class if name in _OWN else model_class
+        if _origin(other) != _origin(model_class):
+            raise ValueError(
+                f"there is an architecture {name!r} already, of {'.'.join(_origin(other))}; choose another"
+            )
     cfg = {
         "input_size": tuple(input_size),
         "num_classes": num_classes,
@@ -129,7 +139,7 @@ def register_family(
     before = dict(_OWN)
     _OWN.update(new)
     try:
-        _register(model_class, adapter, next(iter(architectures)))
+        _register(model_class, adapter, list(architectures))
     except BaseException:
         _OWN.clear()
         _OWN.update(before)
@@ -153,7 +163,19 @@ class _Own(NamedTuple):
 _OWN: dict[str, _Own] = {}
 
 
-def _register(model_class: type[nn.Module], adapter: Adapter | Callable[[TimmModel], Adapter], example: str) -> None:
+def _origin(model_class: type[nn.Module]) -> tuple[str, str]:
+    return model_class.__module__, model_class.__qualname__
+
+
+def _register(
+    model_class: type[nn.Module], adapter: Adapter | Callable[[TimmModel], Adapter], examples: Sequence[str]
+) -> None:
+    """Check the first example on numbers, and that the others can be built and described."""
+    example, *others = examples
+    with torch.device("meta"):
+        for name in others:
+            Chain.of(model := create_model(name, num_classes=None), _resolved(adapter, model))
+        create_model(example, num_classes=None)
     # What is registered when a file is imported must leave no trace in what its importer does.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -164,9 +186,12 @@ def _register(model_class: type[nn.Module], adapter: Adapter | Callable[[TimmMod
         with torch.no_grad():
             for parameter in model.parameters():  # a branch that begins as zero would hide what it is given
                 parameter.add_(0.02 * torch.randn_like(parameter))
-        chain = Chain.of(model, adapter if isinstance(adapter, Adapter) else adapter(model))
-        check_chain(model, chain, pixel_values)
+        check_chain(model, Chain.of(model, _resolved(adapter, model)), pixel_values)
     _REGISTERED[model_class] = adapter
+
+
+def _resolved(adapter: Adapter | Callable[[TimmModel], Adapter], model: TimmModel) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else adapter(model)
 
 
 def is_known(architecture: str) -> bool:
@@ -220,7 +245,9 @@ def create_model(
                 return _OWN[architecture].create(kwargs or {}, num_classes)
             return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **(kwargs or {}))
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{architecture!r} cannot be made with {dict(kwargs or {})}: {error}") from error
+        given = {**(_OWN[architecture].kwargs if architecture in _OWN else {}), **(kwargs or {})}
+        reason = str(error) or "an assertion of timm fails"
+        raise ValueError(f"{architecture!r} cannot be made with {given}: {reason}") from error
 
 
 class _NoValues(TorchDispatchMode):

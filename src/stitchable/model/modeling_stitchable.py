@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .adapters import ADAPTERS  # noqa: F401  # older transformers copy only what this file imports itself
 from .anchors import Chain, Flow, Part, TimmModel
 from .architectures import create_model, describe, is_known
+from .checks import check_chain  # noqa: F401  # likewise
 from .configuration_stitchable import StitchableConfig
 from .families import FAMILIES
 from .routes import AnchorShape, Stitch, best_within, carried_tokens, find_stitch, why_not_joined
@@ -307,7 +308,11 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if not config.anchors:  # transformers makes an empty config where there is none
             raise ValueError(f"{source} has no config.json of a stitchable model")
         used = {segment[0] for stitch in config.stitches for segment in stitch["route"]}
-        if config.families and not all(is_known(config.anchors[index]["architecture"]) for index in used):
+        names = [config.anchors[index]["architecture"] for index in sorted(used)]
+        if config.families and all(map(is_known, names)):
+            if trust_remote_code and not FAMILIES:  # else this is the code that the checkpoint brings
+                importlib.import_module("stitchable.carried").check_families(source, config.families, names, **hub)
+        elif config.families:
             if not trust_remote_code:
                 raise ValueError(
                     f"{source} brings models of its own in {', '.join(config.families)}; read them and pass "

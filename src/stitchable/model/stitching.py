@@ -92,7 +92,7 @@ class StitchingLayer(nn.Linear):
             return from_channels_last(x, target)
         mapped = {i: super(StitchingLayer, self).forward(features[:, i : i + 1]) for i in self.carried if i is not None}
         prefix = [
-            self._own(own_prefix, place, len(x)) if i is None else mapped[i] for place, i in enumerate(self.carried)
+            self._own(own_prefix, place, x.shape[0]) if i is None else mapped[i] for place, i in enumerate(self.carried)
         ]
         return torch.cat([*prefix, x.flatten(1, 2)], dim=1)
 
@@ -108,7 +108,11 @@ class StitchingLayer(nn.Linear):
 
 def rows_of(features: torch.Tensor, side: Side, tokens: Sequence[int], grid: Grid) -> torch.Tensor:
     """Features as rows (N * positions, channels): the prefix `tokens`, then the grid, resized to `grid`."""
-    if side.layout in (Layout.NLC, Layout.UNITS) and len(tokens) == side.prefix_tokens and grid == side.grid:
+    if (
+        side.layout in (Layout.NLC, Layout.UNITS)
+        and tuple(tokens) == tuple(range(side.prefix_tokens))
+        and grid == side.grid
+    ):
         return features.flatten(0, -2)
     x = resize(grid_of(features, side), grid).flatten(1, 2)
     return torch.cat([features[:, list(tokens)], x], dim=1).flatten(0, -2) if tokens else x.flatten(0, -2)

@@ -113,4 +113,7 @@ VARIANTS = {  # what the smallest architectures leave out
     "eva, mixed rotary embeddings": Pair("vit_small_patch16_rope_mixed_224", "vit_base_patch16_rope_mixed_224"),
     "vision_transformer_relpos, shared": Pair("vit_srelpos_small_patch16_224", "vit_srelpos_medium_patch16_224"),
 }
-QUICK = ("cait", "convit", "cspnet", "eva", "gcvit", "mvitv2", "pit", "pvt_v2", "tiny_vit", "tnt", "twins", "xcit")
+QUICK = (
+    *("convit", "efficientnet", "eva", "gcvit", "mambaout", "maxxvit"),
+    *("nfnet", "pit", "pvt_v2", "starnet", "vision_transformer", "xcit"),
+)

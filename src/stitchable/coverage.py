@@ -55,6 +55,11 @@ def survey(modules: Collection[str] = ()) -> list[Module]:
     return [_look_at(name, known[name]) for name in logging.tqdm(chosen, desc="looking at modules", leave=False)]
 
 
+def timm_modules() -> list[str]:
+    """The modules of timm itself that have classifiers, without those that were registered with it later."""
+    return [name for name in timm.list_modules() if hasattr(timm.models, name) and timm.list_models(module=name)]
+
+
 def to_markdown(modules: Sequence[Module]) -> str:
     """The table, and the sum below it."""
     rows = [
@@ -67,7 +72,7 @@ def to_markdown(modules: Sequence[Module]) -> str:
 
 def total(modules: Sequence[Module]) -> str:
     """How many modules and architectures there are, and how many can be stitched."""
-    timms = [module for module in modules if module.name in timm.list_modules()]
+    timms = [module for module in modules if module.name in timm_modules()]
     supported = [module for module in timms if module.supported]
     own = sum(module.architectures for module in modules) - sum(module.architectures for module in timms)
     return (

@@ -82,11 +82,9 @@ class StitchingLayer(nn.Linear):
             return F.conv2d(features, self.weight[:, :, None, None], self.bias)
         if same_grid and self.carried == tuple(range(source.prefix_tokens)):
             return from_channels_last(super().forward(to_channels_last(features, source.layout)), target)
-        x = (
-            resize(grid_of(features, source), target.grid)
-            if smaller(target.grid, source.grid)
-            else grid_of(features, source)
-        )
+        x = grid_of(features, source)
+        if smaller(target.grid, source.grid):
+            x = resize(x, target.grid)
         x = resize(super().forward(x), target.grid)
         if not self.carried:
             return from_channels_last(x, target)

@@ -16,7 +16,7 @@ from torch import nn
 
 from stitchable.costs import cost_of_stitch, profile_architecture
 from stitchable.model.anchors import TimmModel
-from stitchable.model.architectures import create_model, find_adapter, is_own
+from stitchable.model.architectures import create_model, find_adapter, own_architectures
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.space import Direction, Pairs, Resize, default_pairs, default_stages, enumerate_stitches
@@ -237,7 +237,7 @@ def _classes_in_file(weights: str, name: str, cfg: Mapping[str, Any]) -> int:
 def _pretrained_model(anchor: _Anchor, num_labels: int | None) -> TimmModel:
     if anchor.weights is None:
         return create_model(anchor.name, anchor.kwargs, num_classes=num_labels, pretrained=True)
-    if is_own(anchor.name):
+    if anchor.name in own_architectures():
         return _own_model(anchor, num_labels)
     overlay = {
         **(anchor.kwargs.get("pretrained_cfg_overlay") or {}),

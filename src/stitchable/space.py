@@ -108,8 +108,8 @@ def stages_of(
 
     Anchors with the same stages meet stage by stage, others where their grids are equal (nearest, if they are resized).
     """
-    runs = [_runs_of_stages(anchor) for anchor in anchors]
-    if len({tuple(run.grid for run in stages) for stages in runs}) == 1:
+    if _have_the_same_stages(anchors):
+        runs = [_runs_of_stages(anchor) for anchor in anchors]
         pairs = list(permutations(range(len(anchors)), 2))
         return [{(a, b): (runs[a][stage], runs[b][stage]) for a, b in pairs} for stage in range(len(runs[0]))]
     runs = [_runs_of_grids(anchor) for anchor in anchors]
@@ -124,13 +124,18 @@ def stages_of(
 
 def default_stages(anchors: Sequence[AnchorShape], resize: Resize | None = None) -> Sequence[int]:
     """All stages but the last of a hierarchical model (section 4.1 of the paper), else all there are."""
-    by_stage = len({tuple(run.grid for run in _runs_of_stages(anchor)) for anchor in anchors}) == 1
-    return range(max(1, len(anchors[0].stages) - 1) if by_stage else len(stages_of(anchors, resize)))
+    if _have_the_same_stages(anchors):
+        return range(max(1, len(anchors[0].stages) - 1))
+    return range(len(stages_of(anchors, resize)))
 
 
 def default_pairs(anchors: Sequence[AnchorShape]) -> Pairs:
     """What the authors chose: "all" for plain models, "forward" for hierarchical ones."""
     return "all" if any(len(anchor.stages) == 1 for anchor in anchors) else "forward"
+
+
+def _have_the_same_stages(anchors: Sequence[AnchorShape]) -> bool:
+    return len({tuple(run.grid for run in _runs_of_stages(anchor)) for anchor in anchors}) == 1
 
 
 def _runs_of_stages(anchor: AnchorShape) -> list[Run]:

@@ -87,13 +87,13 @@ def _call_xcit(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -
 
 def _call_pvt(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
     if isinstance(part, OverlapPatchEmbed):
-        return part(x.permute(0, 3, 1, 2).contiguous())
+        return part(_to_contiguous_nchw(model, x))
     return _on_tokens_of_nhwc(part, x, *([] if isinstance(part, nn.LayerNorm) else [x.shape[1:3]]))
 
 
 def _call_twins(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
     if isinstance(part, TwinsPatchEmbed):
-        return _twins_embed(part, x.permute(0, 3, 1, 2).contiguous())
+        return _twins_embed(part, _to_contiguous_nchw(model, x))
     return _on_tokens_of_nhwc(part, x, *([] if isinstance(part, nn.Dropout) else [x.shape[1:3]]))
 
 
@@ -180,7 +180,7 @@ def _naflex_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 
 def _pit_tokens(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    return torch.cat((model.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), dim=1), x.shape[2:]
+    return _prepend_class_token(model, _tokens_of_nchw(model, x)), x.shape[2:]
 
 
 def _sam_positions(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
@@ -199,8 +199,7 @@ def _tnt_prefix(model: TimmModel) -> torch.Tensor:
 def _tnt_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = model.pixel_embed(x, model.pixel_pos)
     patches = model.norm2_proj(model.proj(model.norm1_proj(pixels.reshape(x.shape[0], model.num_patches, -1))))
-    patches = torch.cat((model.cls_token.expand(x.shape[0], -1, -1), patches), dim=1) + model.patch_pos
-    return model.pos_drop(patches), pixels
+    return model.pos_drop(_prepend_class_token(model, patches) + model.patch_pos), pixels
 
 
 def _twins_embed(embed: nn.Module, x: torch.Tensor) -> torch.Tensor:

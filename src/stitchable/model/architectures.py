@@ -35,7 +35,7 @@ def find_adapter(model: TimmModel) -> Adapter:
     """
     adapter = adapter_of_class(type(model))
     try:
-        return adapter if isinstance(adapter, Adapter) else adapter(model)
+        return _resolved(adapter, model)
     except ValueError as error:
         raise ValueError(f"this {type(model).__name__} cannot be stitched: {error}") from None
 
@@ -202,11 +202,6 @@ def is_known(architecture: str) -> bool:
 def own_architectures() -> dict[str, type[nn.Module]]:
     """The architectures that were registered by `register_family`, with their classes."""
     return {name: own.model_class for name, own in _OWN.items()}
-
-
-def is_own(architecture: str) -> bool:
-    """Whether an architecture was registered by `register_family`."""
-    return architecture in _OWN
 
 
 def create_model(

@@ -10,6 +10,11 @@ from torch import nn
 from stitchable import StitchableConfig, StitchableForImageClassification
 
 NUM_LABELS = 5
+SHIPPED = {
+    *("adapters.py", "anchors.py", "architectures.py", "checks.py", "configuration_stitchable.py", "families.py"),
+    *("modeling_stitchable.py", "routes.py", "shards.py", "stitching.py"),
+}
+"""The code that travels with every checkpoint."""
 
 
 @dataclass(frozen=True)

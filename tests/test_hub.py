@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from families import SHIPPED
 from hub_server import TOKEN, Hub
 from processes import run_python
 
@@ -13,18 +14,8 @@ TESTS = Path(__file__).parent
 REPO = "someone/tiny"
 FILES = {
     *(".gitattributes", "README.md", "accuracy_flops.png", "sample.png", "stitches.json"),
-    *(
-        "adapters.py",
-        "anchors.py",
-        "architectures.py",
-        "checks.py",
-        "configuration_stitchable.py",
-        "families.py",
-        "modeling_stitchable.py",
-        "routes.py",
-        "shards.py",
-    ),
-    *("stitching.py", "config.json", "preprocessor_config.json", "model.safetensors.index.json"),
+    *SHIPPED,
+    *("config.json", "preprocessor_config.json", "model.safetensors.index.json"),
     *("model-anchor-0.safetensors", "model-anchor-1.safetensors", "model-stitching-layers.safetensors"),
     *(".eval_results/stitch-0.yaml", ".eval_results/stitch-1.yaml", ".eval_results/stitch-6.yaml"),
 }

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from families import images, make
+from families import SHIPPED, images, make
 from processes import run_python
 from stitchable import evaluate
 from stitchable.card import (
@@ -95,17 +95,7 @@ def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
         *("config.json", "preprocessor_config.json", "model.safetensors.index.json"),
         *("model-anchor-0.safetensors", "model-anchor-1.safetensors", "model-stitching-layers.safetensors"),
         *("README.md", "stitches.json", "accuracy_flops.png", "sample.png"),
-        *(
-            "adapters.py",
-            "anchors.py",
-            "architectures.py",
-            "checks.py",
-            "configuration_stitchable.py",
-            "families.py",
-            "modeling_stitchable.py",
-            "routes.py",
-        ),
-        *("shards.py", "stitching.py"),
+        *SHIPPED,
     }
     table = json.loads((folder / "stitches.json").read_text())
     config = json.loads((folder / "config.json").read_text())

@@ -12,7 +12,7 @@ from stitchable import StitchableConfig, StitchableForImageClassification
 NUM_LABELS = 5
 SHIPPED = {
     *("adapters.py", "anchors.py", "architectures.py", "checks.py", "configuration_stitchable.py", "families.py"),
-    *("modeling_stitchable.py", "routes.py", "shards.py", "stitching.py"),
+    *("modeling_stitchable.py", "placement.py", "preprocessing.py", "routes.py", "shards.py", "stitching.py"),
 }
 """The code that travels with every checkpoint."""
 

@@ -94,7 +94,7 @@ def check_pair(name: str, folder: Path) -> None:
     stitches = one_of_each_stage(model)
     assert len(stitches) >= len(model.config.space["stages"])
     layers = [model.get_stitching_layer(stitch.layers[0]) for stitch in model.stitches[2:]]
-    num_samples = max(-(-(layer.in_features + 1) // math.prod(layer.target.grid)) for layer in layers)
+    num_samples = max(-(-(layer.source.channels + 1) // math.prod(layer.target.grid)) for layer in layers)
     residuals = initialize_stitches(model, [images_of(model, num_samples)], num_samples=num_samples)
     assert all(math.isfinite(residual) for residual in residuals.values())
 

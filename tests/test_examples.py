@@ -131,7 +131,7 @@ def test_a_stitch_is_the_composition_of_its_parts(model, sources) -> None:
         )
         features = sources[front].bn1(sources[front].conv1(x)).relu()
         features = nn.Sequential(*front_blocks[:stop])(features)
-        features = torch.einsum("nihw,oi->nohw", features, layer.weight) + layer.bias.view(-1, 1, 1)
+        features = torch.einsum("nihw,oi->nohw", features, layer.linear.weight) + layer.linear.bias.view(-1, 1, 1)
         features = nn.Sequential(*back_blocks[start:])(features)
         expected = sources[back].fc(features.mean((2, 3)))
         torch.testing.assert_close(model(x, stitch_id=stitch.id).logits, expected, rtol=1e-4, atol=1e-4)

@@ -71,14 +71,14 @@ def stitched_by_hooks(model: StitchableForImageClassification, stitch, x: torch.
     twins[front](x)
     tokens, grid = split(captured["features"], model.config.anchors[front], stop)
     _, *size = model.config.anchors[back]["cuts"][start]
-    grid = torch.einsum("...i,oi->...o", grid, layer.weight) + layer.bias
+    grid = torch.einsum("...i,oi->...o", grid, layer.linear.weight) + layer.linear.bias
     grid = F.interpolate(grid.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False)
     if model.config.anchors[back]["layout"] == "NCHW":
         stitched = grid
     elif model.config.anchors[back]["layout"] == "NHWC":
         stitched = grid.permute(0, 2, 3, 1)
     else:
-        mapped = {name: token @ layer.weight.T + layer.bias for name, token in tokens.items()}
+        mapped = {name: token @ layer.linear.weight.T + layer.linear.bias for name, token in tokens.items()}
         prefix = [mapped.get(name, own.expand(len(x), -1, -1)) for name, own in own_tokens(twins[back]).items()]
         stitched = torch.cat([*prefix, grid.flatten(2).transpose(1, 2)], dim=1)
     first_block = twins[back].get_submodule(chains[back].blocks[start][0])
@@ -189,7 +189,9 @@ def squared_errors(model: StitchableForImageClassification, x: torch.Tensor) -> 
     for name, shared in places.items():
         layer = model.get_stitching_layer(name)
         for source, target in shared:
-            errors[name] += float((features[source] @ layer.weight.T + layer.bias - features[target]).square().sum())
+            errors[name] += float(
+                (features[source] @ layer.linear.weight.T + layer.linear.bias - features[target]).square().sum()
+            )
     return errors
 
 

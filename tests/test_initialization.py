@@ -28,7 +28,7 @@ def test_it_is_the_least_squares_solution_of_all_positions_together(name: str) -
         solution = torch.linalg.lstsq(ones, b, driver="gelsd").solution
         layer = model.get_stitching_layer(layer_name)
         expected = (ones @ solution - b).norm() / (b - b.mean(0)).norm()
-        ours = (a @ layer.weight.double().T + layer.bias.double() - b).norm() / (b - b.mean(0)).norm()
+        ours = (a @ layer.linear.weight.double().T + layer.linear.bias.double() - b).norm() / (b - b.mean(0)).norm()
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
         assert abs(residual - float(expected)) < 1e-4
 
@@ -39,7 +39,7 @@ def test_the_split_into_batches_does_not_matter() -> None:
     for batches in ([x], x.split(3), [{"pixel_values": x, "labels": torch.zeros(50)}], [(x, None)]):
         model = make("vit")
         initialize_stitches(model, batches, num_samples=50)
-        fits.append(model.get_stitching_layer("0-1.0").weight)
+        fits.append(model.get_stitching_layer("0-1.0").linear.weight)
     for fit in fits[1:]:
         torch.testing.assert_close(fit, fits[0], rtol=1e-4, atol=1e-5)
 
@@ -51,7 +51,10 @@ def test_only_the_first_samples_count_and_the_mode_is_kept() -> None:
     initialize_stitches(one, [x[:40]], num_samples=40)
     initialize_stitches(two, [x[:30], x[30:]], num_samples=40)
     torch.testing.assert_close(
-        one.get_stitching_layer("0-1.0").weight, two.get_stitching_layer("0-1.0").weight, rtol=1e-4, atol=1e-5
+        one.get_stitching_layer("0-1.0").linear.weight,
+        two.get_stitching_layer("0-1.0").linear.weight,
+        rtol=1e-4,
+        atol=1e-5,
     )
     assert two.training
 
@@ -153,8 +156,8 @@ def test_kaiming_is_what_pytorch_gives_a_1x1_convolution() -> None:
     torch.manual_seed(5)
     expected = [torch.nn.Conv2d(8, 12, 1) for _ in model.stitching_layers["0-1"]]
     for layer, convolution in zip(model.stitching_layers["0-1"].values(), expected, strict=True):
-        assert torch.equal(layer.weight, convolution.weight[:, :, 0, 0])
-        assert torch.equal(layer.bias, convolution.bias)
+        assert torch.equal(layer.linear.weight, convolution.weight[:, :, 0, 0])
+        assert torch.equal(layer.linear.bias, convolution.bias)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +175,10 @@ def test_kaiming_is_what_pytorch_gives_a_1x1_convolution() -> None:
 )
 def test_bad_input_is_named_and_changes_nothing(batches: list, settings: dict, message: str) -> None:
     model = make("vit")
-    before = model.get_stitching_layer("0-1.0").weight.clone()
+    before = model.get_stitching_layer("0-1.0").linear.weight.clone()
     with pytest.raises(ValueError, match=message):
         initialize_stitches(model, batches, **settings)
-    assert torch.equal(model.get_stitching_layer("0-1.0").weight, before)
+    assert torch.equal(model.get_stitching_layer("0-1.0").linear.weight, before)
     assert not model.training
 
 

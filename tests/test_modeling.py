@@ -3,14 +3,17 @@
 import copy
 import json
 import logging
+import shutil
 import threading
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from families import NUM_LABELS, images, make
 from stitchable import StitchableForImageClassification, StitchableModel, update_costs
+from stitchable.processing import image_processor
 
 
 @pytest.fixture
@@ -54,8 +57,17 @@ def test_for_budget_takes_the_best_measured_and_says_once_when_there_is_none(mod
     assert warnings_of_transformers.text.count("measured accuracy") == 1
     model.record(4, metrics={"accuracy": 0.9})
     model.record(8, metrics={"accuracy": 0.8})
+    warnings_of_transformers.clear()
     assert model.for_budget(1e12).id == 4
     assert model.for_budget(params=10**9).id == 4
+    assert "7 of the 9 stitches within this budget have no measured accuracy; for_budget takes the best of the" in (
+        warnings_of_transformers.text
+    )
+    for stitch in model.stitches:
+        model.record(stitch.id, metrics={"accuracy": 0.5 + stitch.id / 100})
+    warnings_of_transformers.clear()
+    assert model.for_budget(1e12).id == 8
+    assert warnings_of_transformers.text == ""
     with pytest.raises(ValueError, match=r"the cheapest is, by flops stitch 0"):
         model.for_budget(1)
     with pytest.raises(ValueError, match="positive number"):
@@ -125,6 +137,93 @@ def test_the_loss_is_transformers_own(model) -> None:
     model.config.problem_type = "multi_label_classification"
     expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, targets)
     torch.testing.assert_close(model(x, labels=targets, stitch_id=4).loss, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet", "resnet-vit"])
+def test_hidden_states_are_what_timms_blocks_return(name: str) -> None:
+    model, x = make(name), images(name)
+    for stitch in model.stitches:
+        seen = []
+
+        def keep(module: torch.nn.Module, args: tuple, output: torch.Tensor, seen: list = seen) -> None:
+            seen.append(output)
+
+        hooks = []
+        for segment in stitch.route:
+            chain, anchor = model.chains[segment.anchor], model.anchors[segment.anchor]
+            for block in chain.blocks[segment.start : segment.stop]:
+                hooks.append(anchor.get_submodule(block[-1]).register_forward_hook(keep))
+        output = model(x, stitch_id=stitch.id, output_hidden_states=True)
+        for hook in hooks:
+            hook.remove()
+        stem, *hidden_states = output.hidden_states
+        assert stem.shape[0] == 2
+        assert len(hidden_states) == len(seen) == sum(stop - start for _, start, stop in stitch.route)
+        for given, expected in zip(hidden_states, seen, strict=True):
+            assert torch.equal(given, expected)
+        assert model(x, stitch_id=stitch.id).hidden_states is None
+    features = StitchableModel(model.config).eval()(x, output_hidden_states=True, return_dict=False)
+    assert len(features) == 3
+    model.config.output_hidden_states = True
+    assert len(model(x).hidden_states) == len(model.steps()) - 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"stich_id": 5}, r"unexpected keyword argument 'stich_id'; did you mean 'stitch_id'\?"),
+        ({"label": 1}, "did you mean 'labels'"),
+        ({"output_hidden_state": True}, "did you mean 'output_hidden_states'"),
+        ({"foo": 1}, "'foo'; there are pixel_values, labels, stitch_id, output_hidden_states"),
+    ],
+)
+def test_arguments_that_there_are_not_are_refused_with_the_nearest(model, wrong: dict, reason: str) -> None:
+    with pytest.raises(TypeError, match=reason):
+        model(images("vit"), **wrong)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(wrong))}'"):
+        StitchableModel(model.config)(images("vit"), **wrong)
+
+
+def test_attention_weights_cannot_be_had(model) -> None:
+    assert model(images("vit"), output_attentions=False).attentions is None
+    with pytest.raises(ValueError, match="output_attentions: timm's attention"):
+        model(images("vit"), output_attentions=True)
+
+
+def test_a_saved_model_is_complete_for_a_pipeline(tmp_path, warnings_of_transformers) -> None:
+    model = make("vit", id2label={number: f"class {number}" for number in range(NUM_LABELS)})
+    model.save_pretrained(tmp_path / "first")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "first")
+    assert processor.to_dict() == image_processor(model.config).to_dict()
+    classify = pipeline("image-classification", model=str(tmp_path / "first"))
+    answers = classify(Image.new("RGB", (40, 50), "red"), top_k=NUM_LABELS)
+    assert {answer["label"] for answer in answers} == set(model.config.id2label.values())
+
+    # What is there stays, and goes on with the model.
+    image_processor(model.config, crop_pct=0.5).save_pretrained(tmp_path / "second")
+    model.save_pretrained(tmp_path / "second")
+    StitchableForImageClassification.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "third")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "third").size["shortest_edge"] == 64
+    loaded = StitchableForImageClassification.from_pretrained(tmp_path / "third")
+    shutil.rmtree(tmp_path / "third")
+    assert warnings_of_transformers.text == ""
+    loaded.save_pretrained(tmp_path / "fourth")
+    assert "third is no longer there; the image processor saved is timm's own" in warnings_of_transformers.text
+
+
+def test_a_model_shows_its_stitches_one_per_line(model) -> None:
+    model.record(8, metrics={"accuracy": 0.5})
+    lines = repr(model.stitches).splitlines()
+    assert lines[0] == "(9 stitches"
+    assert lines[1].startswith("    Stitch(id=0, route=[[0, 0, 3]], layers=[], flops=")
+    assert lines[5] == "    ... 1 more ..."
+    assert lines[-2].endswith("metrics={'accuracy': 0.5}),")
+    assert lines[-1] == ")"
+    assert max(map(len, lines)) < 140
+    assert model.stitches == tuple(model.stitches)
+    with pytest.raises(ValueError, match=r"out of range: this model has stitches 0\.\.8; the nearest is 8"):
+        model.set_stitch(11)
 
 
 def test_a_training_step_reaches_only_the_stitchs_parameters(model) -> None:
@@ -211,8 +310,8 @@ def test_stitching_layers_that_a_checkpoint_lacks_start_as_pytorch_starts_them(m
     content["weight_map"] = {name: file for name, file in content["weight_map"].items() if "stitching" not in file}
     index.write_text(json.dumps(content))
     layer = StitchableForImageClassification.from_pretrained(tmp_path).get_stitching_layer("0-1.0")
-    bound = layer.in_features**-0.5  # Kaiming uniform of a 1x1 convolution
-    for parameter in (layer.weight, layer.bias):
+    bound = layer.linear.in_features**-0.5  # Kaiming uniform of a 1x1 convolution
+    for parameter in (layer.linear.weight, layer.linear.bias):
         assert parameter.abs().max() <= bound
         assert parameter.abs().max() > 0.7 * bound
 

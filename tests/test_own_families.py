@@ -256,7 +256,7 @@ def test_a_family_with_a_class_token_meets_a_cnn() -> None:
     mapped = model.get_stitching_layer(into_tokens.layers[0])
     (front, _, stop), (_, start, _) = into_tokens.route
     mixer, net = model.anchors[front], model.anchors[0]
-    features = mapped.weight @ mixer.blocks[:stop](mixer.stem(x)).flatten(2) + mapped.bias[:, None]
+    features = mapped.linear.weight @ mixer.blocks[:stop](mixer.stem(x)).flatten(2) + mapped.linear.bias[:, None]
     tokens = torch.cat((own_token_of(net).expand(2, -1, -1), features.transpose(1, 2)), dim=1)
     expected = net.classifier(net.blocks[start:](tokens)[:, 0])
     torch.testing.assert_close(model(x, stitch_id=into_tokens.id).logits, expected)

@@ -103,6 +103,25 @@ def test_files_of_other_parts_are_not_needed(model, tmp_path) -> None:
         StitchableForImageClassification.from_pretrained(tmp_path, stitch_id=4)
 
 
+def test_stitching_layers_of_an_older_version_are_refused(tmp_path: Path) -> None:
+    model = make("vit")
+    model.save_pretrained(tmp_path)
+    old = {
+        name.replace(".linear.", ".") if name.startswith("stitching") else name: tensor
+        for name, tensor in model.state_dict().items()
+    }
+    for path in tmp_path.glob("model*"):
+        path.unlink()
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    reason = (
+        r"older stitchable.*'stitching_layers.0-1.\d.(weight|bias)' is 'stitching_layers.0-1.\d.linear.(weight|bias)'"
+    )
+    with pytest.raises(ValueError, match=reason):
+        StitchableForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        StitchableForImageClassification.from_pretrained(tmp_path, stitch_id=4)
+
+
 def test_saving_again_leaves_no_files_of_before(model, tmp_path) -> None:
     for saved, expected in [(model, [*SHARDS, INDEX]), (model.extract(0), ["model.safetensors"])] * 2:
         saved.save_pretrained(tmp_path)

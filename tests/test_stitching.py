@@ -38,7 +38,7 @@ def layer_of(
 def test_every_pair_of_layouts_is_a_1x1_convolution(source: Layout, target: Layout) -> None:
     layer = layer_of(source, target)
     convolution = torch.nn.Conv2d(4, 6, 1)
-    convolution.load_state_dict({"weight": layer.weight[:, :, None, None], "bias": layer.bias})
+    convolution.load_state_dict({"weight": layer.linear.weight[:, :, None, None], "bias": layer.linear.bias})
     expected = in_layout(convolution(features(Layout.NCHW, 4)), target)
     torch.testing.assert_close(layer(features(source, 4)), expected)
 
@@ -46,13 +46,13 @@ def test_every_pair_of_layouts_is_a_1x1_convolution(source: Layout, target: Layo
 def test_prefix_tokens_are_carried_along() -> None:
     layer = layer_of(Layout.NLC, Layout.NLC, tokens=(1, 1), carried=(0,))
     x = torch.randn(2, 1 + 15, 4)
-    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+    torch.testing.assert_close(layer(x), x @ layer.linear.weight.T + layer.linear.bias)
 
 
 def test_prefix_tokens_that_the_target_lacks_are_left_out() -> None:
     layer = layer_of(Layout.NLC, Layout.NHWC, tokens=(2, 0))
     x = torch.randn(2, 2 + 15, 4)
-    expected = (x[:, 2:] @ layer.weight.T + layer.bias).unflatten(1, GRID)
+    expected = (x[:, 2:] @ layer.linear.weight.T + layer.linear.bias).unflatten(1, GRID)
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -60,7 +60,7 @@ def test_prefix_tokens_that_the_source_lacks_are_the_targets_own() -> None:
     # A class token and a register, from a front with a class and a distillation token.
     layer = layer_of(Layout.NLC, Layout.NLC, tokens=(2, 2), carried=(0, None))
     x, own = torch.randn(3, 2 + 15, 4), torch.randn(1, 2, 6)
-    mapped = x @ layer.weight.T + layer.bias
+    mapped = x @ layer.linear.weight.T + layer.linear.bias
     expected = torch.cat([mapped[:, :1], own[:, 1:].expand(3, -1, -1), mapped[:, 2:]], dim=1)
     torch.testing.assert_close(layer(x, own), expected)
     with pytest.raises(ValueError, match="back anchor's own prefix tokens"):
@@ -73,7 +73,7 @@ def test_resizing_is_bilinear_and_commutes_with_the_map(grids: tuple) -> None:
     height, width = grids[0]
     x = torch.randn(2, 1 + height * width, 4)
     x_NCHW = x[:, 1:].transpose(1, 2).unflatten(2, grids[0])
-    mapped = F.conv2d(x_NCHW, layer.weight[:, :, None, None], layer.bias)
+    mapped = F.conv2d(x_NCHW, layer.linear.weight[:, :, None, None], layer.linear.bias)
     expected = F.interpolate(mapped, size=grids[1], mode="bilinear", align_corners=False)
     torch.testing.assert_close(layer(x), expected)
 

@@ -145,7 +145,7 @@ def _with_their_stitches(
             if theirs not in weights:
                 raise ValueError(f"{source} lacks {theirs}; it has {_some(_part(weights, 'stitch_layers.'))}")
             tensor = weights[theirs]
-            state_dict[f"stitching_layers.{name}.{kind}"] = tensor.flatten(1) if kind == "weight" else tensor
+            state_dict[f"stitching_layers.{name}.linear.{kind}"] = tensor.flatten(1) if kind == "weight" else tensor
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

@@ -71,13 +71,16 @@ def initialize_stitches(
     layers = {name: model.get_stitching_layer(name) for stitch in model.stitches for name in stitch.layers}
     if method == "kaiming":
         for layer in layers.values():
-            layer.reset_parameters()
+            layer.linear.reset_parameters()
         return {}
     if method != "least_squares":
         raise ValueError(f"method must be 'least_squares' or 'kaiming', got {method!r}")
     if check_integer(num_samples, "num_samples") < 1:
         raise ValueError(f"num_samples must be a positive number of images, got {num_samples!r}")
 
+    for name, layer in layers.items():
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise ValueError(f"the weights of stitching layer {name} are offloaded and cannot be fitted; load them")
     accumulator = Accumulator(places_of_layers(model))
     _check_complete(model, accumulator.places)
     with evaluation_mode(model):
@@ -88,7 +91,7 @@ def initialize_stitches(
             accumulator.add(anchor_features(model, pixel_values, accumulator.places))
     statistics = {name: accumulator.statistics(name) for name in layers}
     for name in layers:
-        needed = layers[name].in_features + 1
+        needed = layers[name].source.channels + 1
         rows = accumulator.distinct_rows(name)
         if rows < needed:
             raise ValueError(
@@ -98,8 +101,8 @@ def initialize_stitches(
     residuals = {}
     for name, statistic in statistics.items():
         weight, bias, residuals[name] = statistic.solve()
-        layers[name].weight.copy_(weight)
-        layers[name].bias.copy_(bias)
+        layers[name].linear.weight.copy_(weight)
+        layers[name].linear.bias.copy_(bias)
     return residuals
 
 

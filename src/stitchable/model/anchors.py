@@ -264,6 +264,14 @@ class Chain:
         named = {part: attrgetter(part)(model) for block in self.blocks for part in block if isinstance(part, str)}
         return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
 
+    def modules_for(self, model: TimmModel, block: int) -> Collection[nn.Module]:
+        """The submodules that a block needs, the model itself among them; all but those of the blocks if it is -1."""
+        if block >= 0:
+            parts = [attrgetter(part)(model) for part in self.blocks[block] if isinstance(part, str)]
+            return [model, *(module for part in parts if isinstance(part, nn.Module) for module in part.modules())]
+        blocks = {module for part in self.modules_of_blocks(model).values() for module in part.modules()}
+        return [module for module in model.modules() if module not in blocks]
+
     def part_of(self, name: str) -> Part:
         """Which part owns the submodule, parameter or buffer `name`."""
         pieces = name.split(".")

@@ -4,32 +4,48 @@ Stitchable Neural Networks, Pan, Cai, Zhuang, CVPR 2023 (https://arxiv.org/abs/2
 """
 
 import copy
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.utils import logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
-from .adapters import ADAPTERS  # noqa: F401  # older transformers copy only what this file imports itself
-from .anchors import Chain, Flow, Part, TimmModel
+from .anchors import Chain, Flow, Layout, Part, TimmModel
 from .architectures import create_model, describe, is_known
-from .checks import check_chain  # noqa: F401  # likewise
 from .configuration_stitchable import StitchableConfig
 from .families import FAMILIES
-from .routes import AnchorShape, Stitch, best_within, carried_tokens, find_stitch, why_not_joined
+from .placement import brought_in, check_device_map, device_of, entering, is_placed
+from .preprocessing import image_processor
+from .routes import (
+    AnchorShape,
+    Stitch,
+    Stitches,
+    best_within,
+    carried_tokens,
+    check_integer,
+    find_stitch,
+    is_measured,
+    why_not_joined,
+    within,
+)
 from .shards import find_shards, read_weights, split_weights
-from .stitching import StitchingLayer
+from .stitching import Side, StitchingLayer, grid_of
 
 logger = logging.get_logger(__name__)
 
+# Arguments of forward, of which a model without a head lacks the labels.
+_ARGUMENTS = ("pixel_values", "labels", "stitch_id", "output_hidden_states", "output_attentions", "return_dict")
 # Arguments of from_pretrained that say where and how to look for files.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 # Those of push_to_hub, which save_pretrained(..., push_to_hub=True) takes too.
@@ -67,7 +83,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if not config.anchors:
             raise ValueError("this config has no anchors; make one with StitchableConfig.from_anchors([...])")
-        self._stitches: tuple[Stitch, ...] = tuple(Stitch.from_dict(stitch) for stitch in config.stitches)
+        self._stitches = Stitches(Stitch.from_dict(stitch) for stitch in config.stitches)
         find_stitch(self._stitches, config.stitch_id)  # again, because a config can be changed after it was checked
         self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
         self.gradient_checkpointing = False
@@ -80,6 +96,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
             # timm has initialised its layers in its own way; transformers would do it over in post_init.
             for module in (*self.anchors.modules(), *self.stitching_layers.modules()):
                 setattr(module, "_is_hf_initialized", True)  # noqa: B010  # a flag of transformers, unknown to mypy
+        # Parts that accelerate's automatic device maps place as a whole.
+        self._no_split_modules = {type(self.anchors[index]).__name__ for index in self.chains} | {"StitchingLayer"}
         self.post_init()
         if config.num_labels_of_costs not in (None, config.num_labels):
             logger.warning_once(
@@ -90,7 +108,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
     # ---------------------------------------------------------------- choosing a stitch
 
     @property
-    def stitches(self) -> tuple[Stitch, ...]:
+    def stitches(self) -> Stitches:
         """Every stitch of this model, in the order of the config."""
         return self._stitches
 
@@ -120,6 +138,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
     ) -> Stitch:
         """Choose the best measured stitch within every bound given, make it the default and return it.
 
+        Stitches within the bounds that were not measured are passed over, with a warning that counts them.
+
         Args:
             flops: upper bound on multiply-adds plus normalisation terms per image (one multiply-add = 1).
             params: upper bound on parameters, of the stitch alone.
@@ -133,10 +153,13 @@ class StitchablePreTrainedModel(PreTrainedModel):
         stitch = best_within(
             self.stitches, flops=flops, params=params, latency_ms=latency_ms, memory_mb=memory_mb, metric=metric
         )
-        if metric not in stitch.metrics:
+        affordable = within(self.stitches, flops=flops, params=params, latency_ms=latency_ms, memory_mb=memory_mb)
+        unmeasured = sum(not is_measured(stitch, metric) for stitch in affordable)
+        if unmeasured:
+            chosen = "the best of the others" if is_measured(stitch, metric) else "the largest FLOPs"
             logger.warning_once(
-                f"no stitch within this budget has a measured {metric}; for_budget takes the largest FLOPs. "
-                "stitchable.evaluate(model, batches) measures them"
+                f"{unmeasured} of the {len(affordable)} stitches within this budget have no measured {metric}; "
+                f"for_budget takes {chosen}. stitchable.evaluate(model, batches) measures them"
             )
         return self.set_stitch(stitch.id)
 
@@ -154,7 +177,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             )
         recorded = replace(stitch, **figures)
         index = self._stitches.index(stitch)
-        self._stitches = (*self._stitches[:index], recorded, *self._stitches[index + 1 :])
+        self._stitches = Stitches((*self._stitches[:index], recorded, *self._stitches[index + 1 :]))
         self.config.stitches[index] = recorded.to_dict()
         return recorded
 
@@ -163,6 +186,11 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return find_stitch(self.stitches, wanted, self.config.left_out)
 
     # ---------------------------------------------------------------- running a stitch
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights, or where accelerate offloads them, the device that it brings them to."""
+        return device_of(self)
 
     def steps(self, stitch_id: int | None = None) -> tuple[Step, ...]:
         """What a stitch does, in order, from pixel values to what timm's `forward_features` returns.
@@ -174,8 +202,20 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return self._plans[self._find(wanted).id] if plan is None else plan
 
     def start(self, pixel_values: torch.Tensor) -> Flow:
-        """What flows before the first step of any stitch: pixel values (N, C, H, W), on the device of this model."""
-        pixel_values = pixel_values.to(self.device, self.dtype)
+        """What flows before the first step of any stitch: pixel values (N, C, H, W).
+
+        Each anchor and each stitching layer casts what enters it to its own data type, on its own device.
+
+        Raises:
+            ValueError: whole numbers, which are no pixel values yet, or a model that is split inside an anchor.
+        """
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel values must be floating-point numbers, got {pixel_values.dtype}; the image processor scales "
+                "and normalises images"
+            )
+        if "hf_device_map" in self.__dict__:  # accelerate has placed the parts of this model
+            check_device_map(self.__dict__["hf_device_map"])
         return Flow(pixel_values, pixel_values)
 
     def run_step(self, step: Step, flow: Flow) -> Flow:
@@ -184,20 +224,41 @@ class StitchablePreTrainedModel(PreTrainedModel):
             return flow
         anchor: TimmModel = self.anchors[step.anchor]
         chain = self.chains[step.anchor]
-        if step.kind == "layer":
+        with self._present(step.anchor, step.block):
+            if step.kind == "block":
+                return chain.run_block(anchor, step.block, flow)
+            if step.kind == "neck":
+                return chain.run_neck(anchor, flow)
+            pixel_values = entering(anchor, flow.pixel_values)
+            if step.kind == "stem":
+                return chain.run_stem(anchor, pixel_values)
             layer = self.get_stitching_layer(step.layer)
-            own_prefix = chain.own_prefix(anchor) if layer.needs_own_prefix else None
-            return chain.enter(anchor, layer(flow.features, own_prefix), flow.pixel_values, layer.target.grid)
-        if step.kind == "block":
-            return chain.run_block(anchor, step.block, flow)
-        return chain.run_stem(anchor, flow.pixel_values) if step.kind == "stem" else chain.run_neck(anchor, flow)
+            own_prefix = entering(layer, chain.own_prefix(anchor)) if layer.needs_own_prefix else None
+            features = layer(entering(layer, flow.features), own_prefix)
+            return chain.enter(anchor, entering(anchor, features), pixel_values, layer.target.grid)
 
     def run_head(self, anchor: int, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features after the last step to logits (N, num_labels), or to the pooled features before the classifier."""
-        return self.chains[anchor].run_head(self.anchors[anchor], features, pre_logits)
+        with self._present(anchor):
+            return self.chains[anchor].run_head(self.anchors[anchor], features, pre_logits)
 
-    def run_features(self, pixel_values: torch.Tensor, stitch_id: int | None = None) -> tuple[torch.Tensor, int]:
-        """Run a stitch up to its head; returns the features and the anchor whose head follows."""
+    def _present(self, anchor: int, block: int = -1) -> AbstractContextManager[None]:
+        """With what a block of an anchor needs, or what all but its blocks do, where accelerate offloads it."""
+        module = self.anchors[anchor]
+        if not is_placed(module) and not is_placed(self):
+            return nullcontext()
+        return brought_in(self.chains[anchor].modules_for(module, block))
+
+    def run_features(
+        self,
+        pixel_values: torch.Tensor,
+        stitch_id: int | None = None,
+        hidden_states: list[torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """Run a stitch up to its head; returns the features and the anchor whose head follows.
+
+        What the stem and each block return is appended to `hidden_states`.
+        """
         steps = self.steps(stitch_id)
         flow = self.start(pixel_values)
         for step in steps:
@@ -208,11 +269,135 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 flow = Flow(features, flow.pixel_values, tuple(context))
             else:
                 flow = self.run_step(step, flow)
+            if hidden_states is not None and step.kind in ("stem", "block"):
+                hidden_states.append(flow.features)
         return flow.features, steps[-1].anchor
 
     def _run_flat(self, step: Step, features: torch.Tensor, pixel_values: torch.Tensor, *context: Any) -> tuple:
         flow = self.run_step(step, Flow(features, pixel_values, context))
         return flow.features, *flow.context
+
+    # ---------------------------------------------------------------- timm's own contract
+
+    @property
+    def num_features(self) -> int:
+        """Channels of what `forward_features` returns for the default stitch."""
+        back = self.stitch.route[-1].anchor
+        return getattr(self.anchors[back], "num_features", self._shapes[back].cuts[-1].channels)
+
+    def forward_features(self, pixel_values: torch.Tensor, stitch_id: int | None = None) -> torch.Tensor:
+        """Pixel values (N, C, H, W) to the features after the back anchor's final norm, in its layout."""
+        return self.run_features(pixel_values, stitch_id)[0]
+
+    def forward_head(
+        self, features: torch.Tensor, pre_logits: bool = False, stitch_id: int | None = None
+    ) -> torch.Tensor:
+        """Those features to logits (N, num_labels), or to the pooled features before the classifier."""
+        return self.run_head(self.steps(stitch_id)[-1].anchor, features, pre_logits)
+
+    def forward_intermediates(
+        self,
+        pixel_values: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        stitch_id: int | None = None,
+    ) -> Any:
+        """Features between the blocks of a stitch, as timm's models give them.
+
+        There is one intermediate per block of an anchor with a single stage, and one per stage, at its end, of others
+        (the stem, which some of timm's models count as one more, is none).
+
+        Args:
+            pixel_values: (N, C, H, W).
+            indices: which intermediates; the last so many if a number, all if None.
+            return_prefix_tokens: give pairs of an intermediate and its prefix tokens (N, tokens, C).
+            norm: after the final norm: all of an anchor with a single stage, of others the last one only.
+            stop_early: do not run what follows the last intermediate, and return the features there.
+            output_fmt: "NCHW" for (N, C, H, W), "NLC" for (N, H W, C).
+            intermediates_only: return the intermediates alone.
+            stitch_id: the stitch of this call; the default of the model if None.
+
+        Returns:
+            What `forward_features` returns, and the list of intermediates.
+
+        Raises:
+            ValueError: indices or a format that there are not, a norm that this model does not hold, or an anchor whose
+                tokens are no grid (Hiera).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        steps = self.steps(stitch_id)
+        ends = [place for place, step in enumerate(steps) if step.kind == "block" and self._ends_something(step)]
+        number = len(ends)
+        wanted = range(number) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        if any(not -number <= index < number for index in wanted) or not len(wanted):
+            raise ValueError(f"this stitch has {number} intermediates, 0..{number - 1}; got indices {indices!r}")
+        chosen = [ends[index] for index in wanted]
+        found: dict[int, Any] = {}
+        flow = self.start(pixel_values)
+        for place, step in enumerate(steps):
+            flow = self.run_step(step, flow)
+            if place in chosen:
+                found[place] = self._intermediate(step, flow, norm, place == ends[-1], output_fmt, return_prefix_tokens)
+            if stop_early and place == max(chosen):
+                break
+        intermediates = [found[place] for place in chosen]
+        return intermediates if intermediates_only else (flow.features, intermediates)
+
+    def _ends_something(self, step: Step) -> bool:
+        stages = self._shapes[step.anchor].stages
+        return len(stages) == 1 or step.block + 1 in accumulate(stages)
+
+    def _intermediate(
+        self, step: Step, flow: Flow, norm: bool, is_last: bool, output_fmt: str, return_prefix_tokens: bool
+    ) -> Any:
+        shape = self._shapes[step.anchor]
+        side = Side.of(shape, step.block + 1)
+        if side.layout is Layout.UNITS:
+            raise ValueError("tokens in the order of mask units (Hiera) are no grid, so there are no intermediates")
+        if norm and (len(shape.stages) == 1 or is_last):
+            if "head" not in self.parts_of_anchor(step.anchor):
+                raise ValueError(f"this model does not hold the final norm of anchor {step.anchor}; give norm=False")
+            flow = self.run_step(Step("neck", step.anchor), flow)
+        x_NHWC = grid_of(flow.features, side)
+        x = x_NHWC.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x_NHWC.flatten(1, 2)
+        return (x, flow.features[:, : side.prefix_tokens]) if return_prefix_tokens else x
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give every anchor a new classifier of so many classes, and the config as many labels, without names.
+
+        FLOPs and parameters of the stitches are those of before until `stitchable.update_costs(model)`.
+
+        Raises:
+            ValueError: no positive number.
+        """
+        if check_integer(num_classes, "num_classes") < 1:
+            raise ValueError(
+                f"num_classes must be at least 1, got {num_classes}; forward_head(pre_logits=True) leaves the "
+                "classifier out"
+            )
+        for index, chain in self.chains.items():
+            if "head" not in self.parts_of_anchor(index):
+                continue
+            anchor: TimmModel = self.anchors[index]
+            known, like = set(anchor.modules()), next(anchor.parameters())
+            if hasattr(anchor, "reset_classifier"):
+                anchor.reset_classifier(num_classes)
+            else:
+                entry, name = self.config.anchors[index], str(chain.adapter.head[-1])
+                fresh = create_model(entry["architecture"], entry.get("kwargs"), num_classes=num_classes)
+                anchor.set_submodule(name, fresh.get_submodule(name))
+                anchor.num_classes = num_classes
+            for module in set(anchor.modules()) - known:
+                module.to(like.device, like.dtype).train(anchor.training)  # a batch norm among them, in LeViT
+        self.config.num_labels = num_classes
+        logger.warning_once("the classifiers are new; stitchable.update_costs(model) counts their FLOPs and parameters")
+
+    # ---------------------------------------------------------------- parts
 
     def get_stitching_layer(self, name: str) -> StitchingLayer:
         """The stitching layer named "FRONT-BACK.INDEX"."""
@@ -238,14 +423,15 @@ class StitchablePreTrainedModel(PreTrainedModel):
         The stitch keeps its id and its parameters keep their names.
 
         Raises:
-            ValueError: not an id of this model.
+            ValueError: not an id of this model, or parts that were replaced or changed (by adapters, pruning,
+                quantisation) so that they cannot be taken over exactly.
         """
         stitch = self._find(stitch_id)
         config = type(self.config).from_dict(self.config.to_dict(), stitch_id=stitch.id)
         with torch.device("meta"):
             extracted = type(self)(config)
         for name, module in extracted.named_modules():
-            source = self.get_submodule(name)
+            source = _counterpart(self, name, module)
             for key, _ in list(module.named_parameters(recurse=False)):
                 parameter = source.get_parameter(key)
                 setattr(module, key, nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad))
@@ -261,14 +447,22 @@ class StitchablePreTrainedModel(PreTrainedModel):
         """As in any `PreTrainedModel`, but the weights are one file per anchor and one for the stitching layers.
 
         So a model that is loaded for one stitch or a budget downloads only the files it needs. `max_shard_size` has no
-        effect.
+        effect. Where the folder has no image processor, that of the checkpoint the model was loaded from is written
+        too, or timm's for the largest anchor, so that a pipeline can load the folder.
+
+        Raises:
+            ValueError: weights that the config does not describe, which no checkpoint of it could give back.
         """
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            self._check_saveable(kwargs.get("state_dict") or (args[0] if args else None) or self.state_dict())
         push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         options = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
         kwargs["max_shard_size"] = sys.maxsize
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             split_weights(save_directory, kwargs.get("variant"))
+            if not (Path(save_directory) / IMAGE_PROCESSOR_NAME).exists():
+                self._image_processor().save_pretrained(save_directory)
             self._carry_families(save_directory)
             if push_to_hub:
                 options |= {"token": kwargs["token"]} if "token" in kwargs else {}
@@ -292,6 +486,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
             OSError: no such checkpoint, or one with a missing or damaged file; names it.
         """
         source = pretrained_model_name_or_path
+        if isinstance(kwargs.get("device_map"), Mapping):
+            check_device_map(kwargs["device_map"])
         if source is None or kwargs.get("gguf_file") or kwargs.get("use_safetensors") is False:
             return super().from_pretrained(source, *args, **kwargs)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -332,6 +528,42 @@ class StitchablePreTrainedModel(PreTrainedModel):
         model.name_or_path = model.config.name_or_path = os.fspath(source)
         model.hub_arguments = {name: value for name, value in hub.items() if name != "force_download"}
         return loaded
+
+    def _check_saveable(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Refuse weights of other names or shapes than a model made anew of the config has."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            return
+        with torch.device("meta"):
+            expected = type(self)(copy.deepcopy(self.config)).state_dict()
+        given = {name: getattr(value, "shape", ()) for name, value in state_dict.items()}
+        if set(given) != set(expected):
+            name = min(set(given) ^ set(expected))
+            raise ValueError(
+                f"the config does not describe these weights ({name} is only {'here' if name in given else 'there'}), "
+                "so they could not be loaded again. Merge the adapters first (merge_and_unload), or make pruning "
+                "permanent (torch.nn.utils.prune.remove)"
+            )
+        for name, tensor in expected.items():
+            if given[name] != tensor.shape:
+                raise ValueError(
+                    f"the config does not describe these weights, so they could not be loaded again: {name} has the "
+                    f"shape {tuple(given[name])}, by the config {tuple(tensor.shape)} with {self.config.num_labels} "
+                    "classes. model.reset_classifier(num_classes) changes both"
+                )
+
+    def _image_processor(self) -> Any:
+        path = None
+        if self.name_or_path:
+            try:
+                path = cached_file(
+                    self.name_or_path,
+                    IMAGE_PROCESSOR_NAME,
+                    _raise_exceptions_for_missing_entries=False,
+                    **self.hub_arguments,
+                )
+            except OSError:
+                logger.warning(f"{self.name_or_path} is no longer there; the image processor saved is timm's own")
+        return AutoImageProcessor.from_pretrained(Path(path).parent) if path else image_processor(self.config)
 
     def _carry_families(self, folder: str | os.PathLike) -> None:
         own = {model_class for model_class in map(type, self.anchors) if not _is_of_a_library(model_class)}
@@ -445,19 +677,25 @@ class StitchablePreTrainedModel(PreTrainedModel):
             pairs.setdefault(pair, {})[index] = layer
         return nn.ModuleDict({pair: nn.ModuleDict(members) for pair, members in pairs.items()})
 
+    def _hidden_states(self, wanted: bool | None, attentions: bool | None) -> list[torch.Tensor] | None:
+        """Where to collect them, if they are wanted."""
+        if attentions:
+            raise ValueError("output_attentions: timm's attention does not give its weights away; leave it out")
+        return [] if (self.config.output_hidden_states if wanted is None else wanted) else None
+
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return bool(self.config.return_dict if return_dict is None else return_dict)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Only what from_pretrained did not load comes here: new classifiers, and buffers that no checkpoint holds.
-        if isinstance(module, StitchingLayer):
+        layers = (layer for layer in self.stitching_layers.modules() if isinstance(layer, StitchingLayer))
+        if isinstance(module, nn.Linear) and any(module is layer.linear for layer in layers):
             module.reset_parameters()
         else:
             super()._init_weights(module)
-        restore: Any = getattr(module, "init_non_persistent_buffers", None)
-        if restore is not None:
-            restore()
+        if hasattr(module, "init_non_persistent_buffers"):
+            _restore_buffers(module)
 
 
 class StitchableModel(StitchablePreTrainedModel):
@@ -467,8 +705,10 @@ class StitchableModel(StitchablePreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         stitch_id: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        **unknown: Any,
     ) -> BaseModelOutputWithPooling | tuple[torch.Tensor, ...]:
         """Run one stitch.
 
@@ -476,15 +716,28 @@ class StitchableModel(StitchablePreTrainedModel):
             pixel_values: (N, num_channels, height, width), normalised as the image processor does.
             stitch_id: the stitch of this call; the default of the model if None. No state is touched, so threads can
                 use one model with stitches of their own.
+            output_hidden_states: whether to return what the stem and each block of the route return.
+            output_attentions: cannot be true: timm's attention does not give its weights away.
             return_dict: whether to return a `ModelOutput` (the default) or a tuple.
-            kwargs: ignored, for callers that pass what other models take.
+            unknown: refused, with the nearest name.
 
         Returns:
-            `last_hidden_state` in the back anchor's layout after its final norm, `pooler_output` (N, features).
+            `last_hidden_state` in the back anchor's layout after its final norm, `pooler_output` (N, features), and
+            `hidden_states` where they are asked for, each in the layout of its anchor.
+
+        Raises:
+            TypeError: an argument that there is not.
+            ValueError: an unknown stitch, pixel values that are whole numbers.
         """
-        features, anchor = self.run_features(pixel_values, stitch_id)
+        _refuse(unknown, _ARGUMENTS[:1] + _ARGUMENTS[2:])
+        hidden_states = self._hidden_states(output_hidden_states, output_attentions)
+        features, anchor = self.run_features(pixel_values, stitch_id, hidden_states)
         pooled = self.run_head(anchor, features, pre_logits=True)
-        output = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=pooled)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=pooled,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+        )
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
 
@@ -496,8 +749,10 @@ class StitchableForImageClassification(StitchablePreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         stitch_id: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        **unknown: Any,
     ) -> ImageClassifierOutput | tuple[torch.Tensor, ...]:
         """Run one stitch.
 
@@ -506,17 +761,74 @@ class StitchableForImageClassification(StitchablePreTrainedModel):
             labels: (N,) class numbers, or (N, num_labels) targets of a multi-label or regression problem.
             stitch_id: the stitch of this call; the default of the model if None. No state is touched, so threads can
                 use one model with stitches of their own.
+            output_hidden_states: whether to return what the stem and each block of the route return.
+            output_attentions: cannot be true: timm's attention does not give its weights away.
             return_dict: whether to return a `ModelOutput` (the default) or a tuple.
-            kwargs: ignored, for callers that pass what other models take.
+            unknown: refused, with the nearest name.
 
         Returns:
-            `logits` (N, num_labels), and `loss` where labels are given, as transformers' image classifiers have them.
+            `logits` (N, num_labels), `loss` where labels are given, as transformers' image classifiers have them, and
+            `hidden_states` where they are asked for, each in the layout of its anchor.
+
+        Raises:
+            TypeError: an argument that there is not.
+            ValueError: an unknown stitch, pixel values that are whole numbers.
         """
-        features, anchor = self.run_features(pixel_values, stitch_id)
+        _refuse(unknown, _ARGUMENTS)
+        hidden_states = self._hidden_states(output_hidden_states, output_attentions)
+        features, anchor = self.run_features(pixel_values, stitch_id, hidden_states)
         logits = self.run_head(anchor, features)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits)
+        output = ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=None if hidden_states is None else tuple(hidden_states)
+        )
         return output if self._wants_dict(return_dict) else output.to_tuple()
+
+
+def _refuse(unknown: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        raise TypeError(f"forward() got an unexpected keyword argument {name!r}; {hint}")
+
+
+def _restore_buffers(module: Any) -> None:
+    if torch.get_default_device().type == "meta" or not any(tensor.is_meta for tensor in module.parameters()):
+        module.init_non_persistent_buffers()
+        return
+    # Some of timm's modules make them where their weights are, which stay on disk here.
+    twin = copy.deepcopy(module).to_empty(device="cpu")
+    twin.init_non_persistent_buffers()
+    for name, buffer in twin.named_buffers(recurse=False):
+        if name not in module.state_dict():
+            setattr(module, name, buffer)
+
+
+def _counterpart(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The submodule of a model that stands where its config has `module`.
+
+    Raises:
+        ValueError: it is another kind of module, with other parameters, or its weights are not there.
+    """
+    try:
+        source: nn.Module | None = model.get_submodule(name)
+    except AttributeError:
+        source = None
+    if source is not None and isinstance(module, nn.Identity):
+        return source  # of which the stitch needs nothing
+    needed, there = ({key for key, _ in each.named_parameters(recurse=False)} for each in (module, source or module))
+    if source is None or type(source) is not type(module) or needed - there:
+        found = f"a {type(source).__name__} with {', '.join(sorted(there)) or 'no parameters'}" if source else "none"
+        raise ValueError(
+            f"{name} cannot be taken over exactly: the config has a {type(module).__name__} there, the model {found}. "
+            "Merge the adapters first (merge_and_unload), make pruning permanent (torch.nn.utils.prune.remove), "
+            "or extract the stitch before the model is quantised"
+        )
+    if any(tensor.is_meta for tensor in source.parameters(recurse=False)):
+        raise ValueError(
+            f"the weights of {name} are offloaded; load this stitch alone with from_pretrained(..., stitch_id=)"
+        )
+    return source
 
 
 def _is_of_a_library(model_class: type) -> bool:

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 _NUMBER = r"(0|[1-9]\d*)"
+_SHOWN = 4  # stitches at either end of a long list
 _LAYER_NAME = re.compile(rf"{_NUMBER}-{_NUMBER}\.{_NUMBER}")
 
 
@@ -176,6 +177,10 @@ class Stitch:
         """Each stitching layer with the segments it joins, front to back."""
         return [Joint(*joint) for joint in zip(self.layers, self.route, self.route[1:], strict=False)]
 
+    def __repr__(self) -> str:
+        """Only what is known."""
+        return f"Stitch({', '.join(f'{name}={value}' for name, value in self.to_dict().items())})"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON types only, the form it has in `config.json`; what is not known yet is left out."""
         known: dict[str, Any] = {
@@ -213,6 +218,19 @@ class Stitch:
                 raise ValueError(f"stitch {stitch['id']}: segment {segment} is not [anchor, start, stop] in integers")
         segments = tuple(Segment(*segment) for segment in route)
         return cls(**{**stitch, "route": segments, "layers": tuple(layers)})
+
+
+class Stitches(tuple[Stitch, ...]):
+    """The stitches of a model, in the order of its config; shown one per line, of many the first and the last."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        """A line per stitch."""
+        shown = [f"    {stitch!r},\n" for stitch in self]
+        if len(shown) > 2 * _SHOWN:
+            shown[_SHOWN:-_SHOWN] = [f"    ... {len(shown) - 2 * _SHOWN} more ...\n"]
+        return f"({len(self)} stitches\n{''.join(shown)})"
 
 
 def layer_name(front: int, back: int, index: int) -> str:
@@ -293,9 +311,7 @@ def find_stitch(stitches: Sequence[Stitch], stitch_id: int | None, left_out: Seq
             f"stitch {wanted} was left out of this model, which has {_listed(ids)}; load the checkpoint without "
             "stitch_id and max_flops, or with others"
         )
-    raise ValueError(
-        f"stitch_id {wanted} is out of range: this model has stitches {_listed(ids)}; the nearest is {nearest}"
-    )
+    raise ValueError(f"stitch_id {wanted} is out of range: this model has {_listed(ids)}; the nearest is {nearest}")
 
 
 def best_within(
@@ -323,7 +339,21 @@ def best_within(
         ValueError: no bound, a bound that is no positive number, a bound on something no stitch carries, a metric no
             stitch has although others were measured, or no stitch within the bounds (names the cheapest).
     """
-    given = {"flops": flops, "params": params, "latency_ms": latency_ms, "memory_mb": memory_mb}
+    _check_metric(stitches, metric)
+    affordable = within(stitches, flops=flops, params=params, latency_ms=latency_ms, memory_mb=memory_mb)
+    measured = [stitch for stitch in affordable if is_measured(stitch, metric)]
+    if measured:
+        return max(measured, key=lambda stitch: (stitch.metrics[metric], -(stitch.flops or 0)))
+    return max(affordable, key=lambda stitch: stitch.flops or 0)
+
+
+def is_measured(stitch: Stitch, metric: str) -> bool:
+    """Whether a stitch has a figure of this metric that can be compared."""
+    return math.isfinite(stitch.metrics.get(metric, math.nan))
+
+
+def within(stitches: Sequence[Stitch], **given: float | None) -> list[Stitch]:
+    """The stitches within every bound that is given, by the names and with the errors of `best_within`."""
     bounds = {name: _check_bound(bound, name) for name, bound in given.items() if bound is not None}
     if not bounds:
         raise ValueError("a budget needs at least one of flops, params, latency_ms and memory_mb")
@@ -335,17 +365,12 @@ def best_within(
                 else ""
             )
             raise ValueError(f"no stitch of this model carries {name}, so it cannot be a budget{hint}")
-    _check_metric(stitches, metric)
-
     affordable = [stitch for stitch in stitches if all(_within(stitch, name, bounds[name]) for name in bounds)]
     if not affordable:
         asked = ", ".join(f"{name} <= {bound:g}" for name, bound in bounds.items())
         cheapest = "; ".join(f"by {name} {_cheapest(stitches, name)}" for name in bounds)
         raise ValueError(f"no stitch is within {asked}; the cheapest is, {cheapest}")
-    measured = [stitch for stitch in affordable if math.isfinite(stitch.metrics.get(metric, math.nan))]
-    if measured:
-        return max(measured, key=lambda stitch: (stitch.metrics[metric], -(stitch.flops or 0)))
-    return max(affordable, key=lambda stitch: stitch.flops or 0)
+    return affordable
 
 
 def restrict(
@@ -379,11 +404,7 @@ def restrict(
 def pareto_front(stitches: Iterable[Stitch], metric: str = "accuracy") -> list[Stitch]:
     """The measured stitches that no other beats in both FLOPs and metric, cheapest first."""
     front: list[Stitch] = []
-    measured = [
-        stitch
-        for stitch in stitches
-        if math.isfinite(stitch.metrics.get(metric, math.nan)) and stitch.flops is not None
-    ]
+    measured = [stitch for stitch in stitches if is_measured(stitch, metric) and stitch.flops is not None]
     for stitch in sorted(measured, key=lambda stitch: (stitch.flops, -stitch.metrics[metric])):
         if not front or stitch.metrics[metric] > front[-1].metrics[metric]:
             front.append(stitch)

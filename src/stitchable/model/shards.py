@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+_OLD_LAYER = re.compile(r"stitching_layers\.[^.]+\.\d+\.(weight|bias)")  # when they were Linears themselves
 _SHARD = r"model-(anchor-\d+|stitching-layers)"
 
 
@@ -60,15 +61,18 @@ def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) 
         ValueError: an index that is none, or a checkpoint that holds none of the weights.
     """
     variant = hub.pop("variant", None)
+    stored: set[str] = set()
     names = [_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     whole = cached_file(source, names[0], _raise_exceptions_for_missing_entries=False, **hub)
     if whole is not None:
-        files = {whole: sorted(set(_names_in(whole)) & set(needed))}
+        stored = set(_names_in(whole))
+        files = {whole: sorted(stored & set(needed))}
     else:
         index = cached_file(source, names[1], _raise_exceptions_for_missing_entries=False, **hub)
         if index is None:
             return None
         weight_map = _read_index(index)
+        stored = set(weight_map)
         wanted: dict[str, list[str]] = {}
         for name in sorted(set(needed) & set(weight_map)):
             wanted.setdefault(weight_map[name], []).append(name)
@@ -77,6 +81,12 @@ def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) 
             missing = set(members) - set(_names_in(path))
             if missing:
                 raise OSError(f"{path} lacks {len(missing)} weights that {names[1]} places there, e.g. {min(missing)}")
+    old = next((name for name in stored if _OLD_LAYER.fullmatch(name)), None)
+    if old:
+        raise ValueError(
+            f"{source} was saved by an older stitchable, whose stitching layers have other names ({old!r} is "
+            f"'{'.linear.'.join(old.rsplit('.', 1))}' now); make it again, or rename these weights in its files"
+        )
     if not any(files.values()):
         raise ValueError(f"the weights of {source} are those of another model: it has none of this model's")
     return files

@@ -31,14 +31,16 @@ class Side:
         return cls(channels, Layout(shape.layout), (height, width), shape.prefix_tokens)
 
 
-class StitchingLayer(nn.Linear):
+class StitchingLayer(nn.Module):
     """Map the features of one anchor's cut to those of another's, y = W x + b at every position of the grid.
 
     Prefix tokens that both sides have are mapped too; those that only the target has are its anchor's own. Where the
     grids differ, features are resized (bilinear), which commutes with the map, on the side where that costs less.
 
-    Weights have the shapes of `nn.Linear`, so there is one form for all layouts: weight (out_channels, in_channels),
-    bias (out_channels,). The default initialisation is that of PyTorch's 1x1 convolution (Kaiming uniform).
+    Attributes:
+        linear: the map: weight (out_channels, in_channels), bias (out_channels,), whatever the layouts. It is a plain
+            `nn.Linear` that sees channels last, so that what replaces Linears (LoRA, quantisation) can replace it. The
+            default initialisation is that of PyTorch's 1x1 convolution (Kaiming uniform).
     """
 
     def __init__(self, source: Side, target: Side, carried: Sequence[int | None] = ()) -> None:
@@ -49,7 +51,8 @@ class StitchingLayer(nn.Linear):
             target: the back anchor's cut.
             carried: for each prefix token of the target which one of the source becomes it, None for the target's own.
         """
-        super().__init__(source.channels, target.channels)
+        super().__init__()
+        self.linear = nn.Linear(source.channels, target.channels)
         self.source = source
         self.target = target
         self.carried = tuple(carried)
@@ -77,18 +80,15 @@ class StitchingLayer(nn.Linear):
             own_prefix: the target's own prefix tokens (1, tokens, C); read only where the source lacks some.
         """
         source, target = self.source, self.target
-        same_grid = source.grid == target.grid
-        if same_grid and source.layout is target.layout is Layout.NCHW:
-            return F.conv2d(features, self.weight[:, :, None, None], self.bias)
-        if same_grid and self.carried == tuple(range(source.prefix_tokens)):
-            return from_channels_last(super().forward(to_channels_last(features, source.layout)), target)
+        if source.grid == target.grid and self.carried == tuple(range(source.prefix_tokens)):
+            return from_channels_last(self.linear(to_channels_last(features, source.layout)), target)
         x = grid_of(features, source)
         if smaller(target.grid, source.grid):
             x = resize(x, target.grid)
-        x = resize(super().forward(x), target.grid)
+        x = resize(self.linear(x), target.grid)
         if not self.carried:
             return from_channels_last(x, target)
-        mapped = {i: super(StitchingLayer, self).forward(features[:, i : i + 1]) for i in self.carried if i is not None}
+        mapped = {i: self.linear(features[:, i : i + 1]) for i in self.carried if i is not None}
         prefix = [
             self._own(own_prefix, place, x.shape[0]) if i is None else mapped[i] for place, i in enumerate(self.carried)
         ]
@@ -100,8 +100,8 @@ class StitchingLayer(nn.Linear):
         return own_prefix[:, place : place + 1].expand(batch_size, -1, -1)
 
     def extra_repr(self) -> str:
-        """Sizes and layouts, for `print(model)`."""
-        return f"{super().extra_repr()}, {self.source.layout.value} -> {self.target.layout.value}"
+        """The layouts, for `print(model)`."""
+        return f"{self.source.layout.value} -> {self.target.layout.value}"
 
 
 def rows_of(features: torch.Tensor, side: Side, tokens: Sequence[int], grid: Grid) -> torch.Tensor:

@@ -1,0 +1,76 @@
+"""Where the parts of a model are, and in which data type: features follow, and weights that accelerate offloads."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_PLACED = re.compile(r"|anchors(\.\d+)?|stitching_layers(\..+)?")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Of the weights of a module, or where accelerate offloads them, the device that it brings them to."""
+    tensor = next(module.parameters(), None)
+    if tensor is None:
+        return torch.device("cpu")
+    if not tensor.is_meta:
+        return tensor.device
+    devices = (getattr(hook, "execution_device", None) for part in module.modules() for hook in _hooks(part))
+    return next((torch.device(device) for device in devices if device is not None), tensor.device)
+
+
+def entering(module: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Features on the device and in the data type of the part that they enter (of autocast, where that decides)."""
+    first = next(module.parameters(), None)
+    device = features.device if first is None else first.device if not first.is_meta else device_of(module)
+    if first is None or (device.type != "meta" and torch.is_autocast_enabled(device.type)):
+        return features.to(device)
+    return features.to(device, first.dtype)
+
+
+def is_placed(module: nn.Module) -> bool:
+    """Whether accelerate has placed this module, with a hook that runs when its forward is called."""
+    return getattr(module, "_hf_hook", None) is not None
+
+
+@contextmanager
+def brought_in(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """With the weights of these modules where they are run, if accelerate offloads them.
+
+    Its hooks bring in what a module itself owns when the forward of that module is called. That of an anchor never is,
+    and some of timm's modules use the weights of others (BEiT those of its `qkv`) or have other methods (rotary
+    embeddings).
+    """
+    held = [(hook, module) for module in modules for hook in _hooks(module) if getattr(hook, "offload", False)]
+    for hook, module in held:
+        hook.pre_forward(module)
+        hook.offload = False  # or the module's own forward would bring them in again, and leave nothing to others
+    try:
+        yield
+    finally:
+        for hook, module in held:
+            hook.offload = True
+            hook.post_forward(module, None)
+
+
+def _hooks(module: nn.Module) -> Sequence[Any]:
+    hook: Any = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
+
+def check_device_map(device_map: Mapping[str, Any]) -> None:
+    """Refuse to place parts of an anchor apart.
+
+    Raises:
+        ValueError: a place of something else than whole anchors and stitching layers.
+    """
+    for name in device_map:
+        if not _PLACED.fullmatch(name):
+            raise ValueError(
+                f"the device map places {name!r}; it can place whole anchors ('anchors.0', ...) and "
+                "'stitching_layers', because a stitch enters an anchor at any block, with what the whole anchor shares "
+                "(positions, prefix tokens, context)"
+            )

@@ -40,7 +40,9 @@ def test_every_pair_of_layouts_is_a_1x1_convolution(source: Layout, target: Layo
     convolution = torch.nn.Conv2d(4, 6, 1)
     convolution.load_state_dict({"weight": layer.linear.weight[:, :, None, None], "bias": layer.linear.bias})
     expected = in_layout(convolution(features(Layout.NCHW, 4)), target)
-    torch.testing.assert_close(layer(features(source, 4)), expected)
+    given = layer(features(source, 4))
+    torch.testing.assert_close(given, expected)
+    assert given.is_contiguous()
 
 
 def test_prefix_tokens_are_carried_along() -> None:

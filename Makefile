@@ -50,6 +50,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/any_two.py
+	$(BIN)/python benchmarks/command_line.py
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -127,7 +127,7 @@ def address(folder, tmp_path_factory) -> Iterator[str]:
     cwd = tmp_path_factory.mktemp("served")
     (cwd / "images").mkdir()
     picture().rotate(90).save(cwd / "images" / "turned.png")
-    with serve([sys.executable, "-m", "stitchable.cli", "app", str(folder), "--images", "images"], cwd) as address:
+    with serve([sys.executable, "-m", "stitchable_cli", "app", str(folder), "--images", "images"], cwd) as address:
         yield address
 
 

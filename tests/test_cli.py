@@ -15,12 +15,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from families import images, make
+from processes import run_python
 from stitchable import StitchableConfig, StitchableForImageClassification
 from stitchable.card import Card
-from stitchable.cli import app
+from stitchable.conversion import RELEASES
 from stitchable.images import _number
 from stitchable.processing import image_processor
 from stitchable.publishing import save_repository
+from stitchable_cli import app
 
 
 def run(*arguments: object, fails: bool = False) -> Result:
@@ -224,3 +226,24 @@ def test_help_reads_well() -> None:
     for name in ("build", "table", "plot", "eval", "calibrate", "extract", "export", "convert", "push"):
         assert name in text
         assert f"Usage: root {name} [OPTIONS]" in run(name, "--help").stdout
+
+
+def test_help_and_mistakes_in_options_import_neither_torch_nor_the_package(tmp_path) -> None:
+    """Which take seconds; `import stitchable` registers its classes with transformers, so it has to import them."""
+    code = """
+import sys
+from typer.testing import CliRunner
+from stitchable_cli import app
+for name in ["", *(command.name for command in app.registered_commands)]:
+    assert CliRunner().invoke(app, [name, "--help"][not name :]).exit_code == 0, name
+    assert CliRunner().invoke(app, [name, "--no-such-option"][not name :]).exit_code == 2, name
+    print(name)
+print({module.split(".")[0] for module in sys.modules} & {"torch", "transformers", "timm", "numpy", "stitchable"})
+"""
+    *names, imported = run_python(code, cwd=tmp_path).splitlines()
+    assert set(names) > {"", "build", "eval", "convert", "app"}
+    assert imported == "set()"
+
+
+def test_help_names_the_releases_that_convert_knows() -> None:
+    assert ", ".join(RELEASES) in " ".join(run("convert", "--help").stdout.replace("│", " ").split())

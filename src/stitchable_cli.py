@@ -1,35 +1,21 @@
-"""The command `stitchable`: from anchors to a published model, one subcommand per step."""
+"""The command `stitchable`: from anchors to a published model, one subcommand per step.
+
+It lies outside the package, which takes seconds to import (it registers its classes with transformers), and imports it
+inside the commands: so help, completion and mistakes in the options are answered at once.
+"""
 
 import copy
 import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import torch
 import typer
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-import stitchable
-from stitchable import (
-    StitchableConfig,
-    StitchableForImageClassification,
-    conversion,
-    coverage,
-    evaluate,
-    initialize_stitches,
-    pareto_front,
-)
-from stitchable.card import Card, SnippetError, short_names, stitch_table
-from stitchable.carried import run_modules
-from stitchable.conversion import RELEASES
-from stitchable.export import export_onnx, export_program
-from stitchable.model.routes import Stitch
-from stitchable.plots import plot_stitches
-from stitchable.processing import image_processor
-from stitchable.publishing import check_new_folder, processor_of, push_folder, save_repository, update_repository
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     help="One checkpoint that is many networks: make, measure, cut, publish stitchable models.",
@@ -56,7 +42,7 @@ def command(function: F) -> F:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError, SnippetError) as error:
+        except (ValueError, OSError, ImportError, SafetensorError) as error:  # HfHubHTTPError is an OSError
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
 
@@ -87,6 +73,12 @@ def build(
     num_labels: Annotated[int | None, typer.Option(help="Classes; the anchors' own if left out.")] = None,
 ) -> None:
     """Make a stitchable checkpoint of timm models, its stitching layers fitted by least squares."""
+    from stitchable import StitchableForImageClassification, initialize_stitches
+    from stitchable.card import Card
+    from stitchable.carried import run_modules
+    from stitchable.processing import image_processor
+    from stitchable.publishing import check_new_folder, save_repository
+
     check_new_folder(output)
     run_modules([str(path) for path in module or ()])
     model = StitchableForImageClassification.from_anchors(
@@ -124,6 +116,9 @@ def families(
     as_json: Json = False,
 ) -> None:
     """Print which architectures of timm can be stitched, by module, and why the others cannot."""
+    from stitchable import coverage
+    from stitchable.carried import run_modules
+
     run_modules([str(path) for path in module or ()])
     rows = coverage.survey(modules or ())
     if as_json:
@@ -145,6 +140,10 @@ def table(
     as_json: Json = False,
 ) -> None:
     """Print the stitches of a model: routes, costs, measured figures."""
+    from stitchable import StitchableConfig, pareto_front
+    from stitchable.card import short_names, stitch_table
+    from stitchable.model.routes import Stitch
+
     config = StitchableConfig.from_pretrained(model)
     stitches = [Stitch.from_dict(stitch) for stitch in config.stitches]
     if not stitches:
@@ -165,6 +164,11 @@ def plot(
     metric: Annotated[str, typer.Option(help="What to draw over the FLOPs.")] = "accuracy",
 ) -> None:
     """Draw accuracy against FLOPs of all stitches, the anchors starred."""
+    from stitchable import StitchableConfig
+    from stitchable.card import short_names
+    from stitchable.model.routes import Stitch
+    from stitchable.plots import plot_stitches
+
     config = StitchableConfig.from_pretrained(model)
     if output.exists():
         raise ValueError(f"{output} exists; choose another name, or remove it")
@@ -187,6 +191,10 @@ def eval(  # the name of the command
     as_json: Json = False,
 ) -> None:
     """Measure top-1, top-5 and loss of every stitch over one pass of the data."""
+    from stitchable import evaluate
+    from stitchable.card import Card
+    from stitchable.publishing import processor_of, update_repository
+
     model = _to(_load(folder, trust_remote_code), device)
     batches = _read(
         data,
@@ -223,6 +231,11 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Predict latency and memory of every stitch on this device, so that both can be budgets."""
+    import torch
+
+    import stitchable
+    from stitchable.publishing import update_repository
+
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, got {threads}")
     if threads is not None:
@@ -256,6 +269,9 @@ def extract(
     trust_remote_code: Trust = False,
 ) -> None:
     """Save one stitch as a checkpoint of its own, with only its weights."""
+    from stitchable.card import Card
+    from stitchable.publishing import check_new_folder, processor_of, save_repository
+
     check_new_folder(output)
     alone = _load(model, trust_remote_code, stitch_id=stitch_id)
     save_repository(alone, output, processor_of(alone), Card.of(alone.config, output.resolve().name))
@@ -271,6 +287,9 @@ def export(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write stitches for other runtimes: ONNX graphs that share one file of weights, or one program of torch.export."""
+    from stitchable.export import export_onnx, export_program
+    from stitchable.publishing import processor_of
+
     ids = _numbers(stitches, "--stitches")
     is_program = output.suffix == ".pt2"
     if is_program and (ids is None or len(ids) != 1):
@@ -290,9 +309,14 @@ def export(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="A file that the authors of the paper released (.pth).")],
     output: Annotated[Path, typer.Argument(help="New folder.")],
-    family: Annotated[str, typer.Option(help=f"One of {', '.join(RELEASES)}.")],
+    family: Annotated[str, typer.Option(help="One of deit, swin, resnet, resnet_swin, levit.")],
 ) -> None:
     """Make a stitchable checkpoint of the authors' weights, each stitch computing what their code computes."""
+    from stitchable import conversion
+    from stitchable.card import Card
+    from stitchable.processing import image_processor
+    from stitchable.publishing import check_new_folder, save_repository
+
     check_new_folder(output)
     model = conversion.convert(checkpoint, family)
     save_repository(model, output, image_processor(model.config), Card(output.resolve().name, license="other"))
@@ -309,6 +333,8 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
 ) -> None:
     """Publish a folder as one commit: weights, code, image processor, stitch table, card and figure."""
+    from stitchable.publishing import push_folder
+
     info = push_folder(
         folder,
         repo_id,
@@ -333,6 +359,7 @@ def app_(
     """Show a page to try the model on: upload an image, move a budget, compare two stitches."""
     try:
         from stitchable.app import create_page, launch, pictures_of
+        from stitchable.publishing import processor_of
     except ModuleNotFoundError as error:
         raise ImportError(f"the page needs {error.name}: pip install 'stitchable[app]'") from error
     if images is not None and not images.is_dir():
@@ -343,18 +370,20 @@ def app_(
 
 
 def _read(*arguments: Any, **options: Any) -> Any:
-    from stitchable.images import read_batches  # datasets takes a second to import
+    from stitchable.images import read_batches
 
     return read_batches(*arguments, **options)
 
 
 def _load(source: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
+    from stitchable import StitchableForImageClassification
+
     return StitchableForImageClassification.from_pretrained(
         str(source), trust_remote_code=trust_remote_code, **arguments
     )
 
 
-def _to(model: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+def _to(model: Any, device: str, dtype: "torch.dtype | None" = None) -> Any:
     try:
         return model.to(device, dtype) if dtype else model.to(device)
     except (RuntimeError, AssertionError) as error:  # of PyTorch, one for unknown devices, one for absent ones
@@ -369,6 +398,8 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
 
 
 def _print_table(model: Any) -> None:
+    from stitchable.card import short_names, stitch_table
+
     typer.echo(stitch_table(model.stitches, short_names(model.config)))
 
 

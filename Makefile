@@ -51,6 +51,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/any_two.py
 	$(BIN)/python benchmarks/command_line.py
+	$(BIN)/python benchmarks/metrics.py
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,5 +1,7 @@
 """Top-1, top-5 and loss per stitch as a metric of Hugging Face's `evaluate`."""
 
+import sys
+
 import evaluate
 import pytest
 import torch
@@ -30,6 +32,32 @@ def test_batches_add_up_and_no_file_is_left(tmp_path, monkeypatch) -> None:
     assert figures == compute_figures(rows, [3])
     assert figures[3] == pytest.approx({"accuracy": 1 / 12, "top5_accuracy": 5 / 12, "loss": 1.5})
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_work_in_python_does_not_grow_with_the_samples() -> None:
+    """Numbers that become Python objects, as on the way to Arrow, cost a hundred times their arithmetic."""
+
+    def num_calls(num_samples: int) -> int:
+        rows, calls = torch.zeros(num_samples, 7, 2), []
+        sys.setprofile(lambda *event: calls.append(event[1]))
+        try:
+            compute_figures(rows, range(7))
+        finally:
+            sys.setprofile(None)
+        return len(calls)
+
+    num_calls(2)  # imports
+    assert num_calls(5000) == num_calls(50)
+
+
+def test_it_combines_with_other_metrics() -> None:
+    rows = torch.rand(6, 2, 2)
+    rank, loss = rows.unbind(-1)
+    both = evaluate.combine({name: StitchMetric(keep_in_memory=True) for name in ("first", "second")})
+    both.add_batch(rank=rank.int().numpy(), loss=loss.numpy())
+    figures = compute_figures(rows, [3, 4])
+    named = {f"{name}_{stitch_id}": figures[stitch_id] for name in ("first", "second") for stitch_id in (3, 4)}
+    assert both.compute(stitch_ids=[3, 4]) == named
 
 
 def test_losses_are_summed_in_double_precision() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import evaluate
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from datasets import Features, List, Value
@@ -33,7 +34,7 @@ class StitchMetric(evaluate.Metric):
         return "" if self.keep_in_memory else super()._build_data_dir()
 
     def _compute(
-        self, *, rank: Sequence[Sequence[int]], loss: Sequence[Sequence[float]], stitch_ids: Sequence[int]
+        self, *, rank: npt.ArrayLike, loss: npt.ArrayLike, stitch_ids: Sequence[int]
     ) -> dict[int, dict[str, float]]:
         rank_NS, loss_NS = np.asarray(rank), np.asarray(loss, dtype=np.float64)
         figures = ((rank_NS < 1).mean(0), (rank_NS < 5).mean(0), loss_NS.mean(0))
@@ -68,8 +69,6 @@ def rank_and_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def compute_figures(rows: torch.Tensor, stitch_ids: Sequence[int]) -> dict[int, dict[str, float]]:
     """The metric of samples (N, S, 2) as `rank_and_loss` gives them for each of S stitches."""
-    metric = StitchMetric(keep_in_memory=True)
-    for part in rows.split(1024):  # what becomes Python objects at once
-        rank, loss = part.unbind(-1)
-        metric.add_batch(rank=rank.int().numpy(), loss=loss.numpy())
-    return metric.compute(stitch_ids=stitch_ids)
+    rank, loss = rows.unbind(-1)
+    # Not through `add_batch`: on their way to Arrow and back, all numbers become Python objects.
+    return StitchMetric(keep_in_memory=True)._compute(rank=rank.numpy(), loss=loss.numpy(), stitch_ids=stitch_ids)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from families import images, make
-from stitchable import initialize_stitches
+from stitchable import initialization, initialize_stitches
 from stitchable.initialization import Accumulator, Place, anchor_features, places_of_layers
 
 
@@ -180,6 +180,21 @@ def test_bad_input_is_named_and_changes_nothing(batches: list, settings: dict, m
         initialize_stitches(model, batches, **settings)
     assert torch.equal(model.get_stitching_layer("0-1.0").linear.weight, before)
     assert not model.training
+
+
+def test_images_of_one_class_are_warned_of(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(initialization.logger, "propagate", True)
+    x, labels = images("vit", 60), torch.arange(60) // 20  # sorted by class
+    for batches in ([(x, labels)], [{"pixel_values": x[:15], "label": [0] * 15}, (x[15:], labels[15:])]):
+        initialize_stitches(make("vit"), batches, num_samples=20)
+        assert "all 20 images that the stitching layers are fitted on have the label 0" in caplog.text
+        assert "shuffle the images" in caplog.text
+        caplog.clear()
+    initialize_stitches(make("vit"), [(x, labels)], num_samples=21)
+    initialize_stitches(make("vit"), [(x, labels.roll(1))], num_samples=20)
+    initialize_stitches(make("vit"), [(x, torch.full((60,), -100))], num_samples=20)  # of no class
+    initialize_stitches(make("vit"), [x], num_samples=20)
+    assert caplog.text == ""
 
 
 def test_too_few_rows_are_named() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
+from stitchable.batches import unpack_batch
 from stitchable.model.anchors import Flow
 from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification
 from stitchable.model.routes import find_stitch
@@ -29,7 +30,7 @@ _SECONDS_BETWEEN_SAVES = 30.0
 @torch.no_grad()
 def evaluate(
     model: StitchableForImageClassification,
-    batches: Iterable[Mapping[str, torch.Tensor]],
+    batches: Iterable[Any],
     stitch_ids: Sequence[int] | None = None,
     *,
     accelerator: Accelerator | None = None,
@@ -39,8 +40,8 @@ def evaluate(
 
     Args:
         model: the model; it runs in evaluation mode, on its device.
-        batches: mappings with "pixel_values" (N, C, H, W) and "labels" (N,) class numbers; read once. A sample with the
-            label -100 counts in no figure.
+        batches: of pixel values (N, C, H, W) and class numbers (N,): mappings with "pixel_values" and "labels" or
+            "label", or pairs; read once. A sample with the label -100 counts in no figure.
         stitch_ids: which stitches to measure; all of them if None.
         accelerator: whose processes share the work; `batches` is then a `DataLoader` that it prepared. Samples that
             fill up the last batch are counted once. Every process gets the figures of all.
@@ -51,8 +52,9 @@ def evaluate(
         For each stitch id {"accuracy": top-1 in 0..1, "top5_accuracy": 0..1, "loss": mean cross entropy}.
 
     Raises:
-        ValueError: no stitch or an unknown one, no data, labels that are none of the classes, or a checkpoint of
-            another evaluation: of other stitches, weights, precision, batch size or number of processes.
+        ValueError: no stitch or an unknown one, no data, batches without images or class numbers, labels that are none
+            of the classes, or a checkpoint of another evaluation: of other stitches, weights, precision, batch size or
+            number of processes.
     """
     from stitchable.metrics import compute_figures  # here, because `evaluate` and `datasets` take a second to import
 
@@ -83,7 +85,7 @@ def evaluate(
 
 def _measure(
     model: StitchableForImageClassification,
-    batch: Mapping[str, torch.Tensor],
+    batch: Any,
     ids: Sequence[int],
     accelerator: Accelerator | None,
 ) -> torch.Tensor:
@@ -94,10 +96,12 @@ def _measure(
     from stitchable.metrics import IGNORED, rank_and_loss
 
     num_labels: Any = model.config.num_labels  # transformers types it as optional
-    labels = batch["labels"].to(model.device)
+    pixel_values, numbers = unpack_batch(batch, labels="required")
+    assert numbers is not None
+    labels = numbers.to(model.device)
     figures: dict[int, torch.Tensor] = {}
     with accelerator.autocast() if accelerator else nullcontext():
-        for stitch_id, logits in run_stitches(model, batch["pixel_values"], ids):
+        for stitch_id, logits in run_stitches(model, pixel_values, ids):
             figures[stitch_id] = rank_and_loss(logits, labels)
     rows = torch.stack([figures[stitch_id] for stitch_id in ids], dim=1)
     outside = (labels < 0) | (labels >= num_labels)
@@ -209,10 +213,11 @@ def _skip_reading(batches: Iterable[Any], rows: Sequence[torch.Tensor]) -> Itera
     # The checkpoint could not know the batch size of what is no DataLoader.
     iterator = iter(batches)
     for done in rows:
-        batch = next(iterator, {"labels": ()})
-        if len(batch["labels"]) != len(done):
+        batch = next(iterator, None)
+        num_samples = 0 if batch is None else len(unpack_batch(batch, labels="optional")[0])
+        if num_samples != len(done):
             raise ValueError(
-                f"the checkpoint is of another evaluation, with other batch size: a batch has {len(batch['labels'])} "
+                f"the checkpoint is of another evaluation, with other batch size: a batch has {num_samples} "
                 f"samples, there it had {len(done)}; remove it, or name another checkpoint"
             )
     yield from iterator

@@ -17,11 +17,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers.utils import logging
 
+from stitchable.batches import unpack_batch
 from stitchable.evaluation import evaluation_mode
 from stitchable.model.anchors import Grid
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.routes import AnchorShape, check_integer
 from stitchable.model.stitching import Side, rows_of
+
+logger = logging.get_logger(__name__)
 
 _CHUNK = 16
 """Images whose features are held at once, however large a batch is."""
@@ -56,7 +59,8 @@ def initialize_stitches(
     Args:
         model: a stitchable model whose anchors are trained; they run in evaluation mode, on the model's device.
         batches: pixel values (N, C, H, W), or mappings or sequences that hold them as "pixel_values" or first; read
-            until `num_samples` images were seen.
+            until `num_samples` images were seen, so they must be shuffled. Where they hold labels too, and all are
+            equal, a warning says so.
         num_samples: images to fit on; 100 in the paper.
         method: "least_squares", or "kaiming" for PyTorch's random initialisation (the ablation of figure 8), which
             needs no batches.
@@ -318,21 +322,24 @@ def _add(sums: dict[Any, torch.Tensor], key: Any, value: torch.Tensor) -> None:
 
 
 def _first_images(batches: Iterable[Any], num_samples: int) -> Iterable[torch.Tensor]:
-    seen = 0
+    seen, labels = 0, []
     for batch in batches:
-        if isinstance(batch, Mapping) and "pixel_values" not in batch:
-            raise ValueError(f"a batch must hold 'pixel_values', it has {sorted(batch)}")
-        pixel_values = batch["pixel_values"] if isinstance(batch, Mapping) else batch
-        if isinstance(pixel_values, tuple | list):
-            pixel_values = pixel_values[0]
-        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4:
-            raise ValueError(f"pixel values must be batches of images (N, C, H, W), got {_describe(pixel_values)}")
-        yield from pixel_values[: num_samples - seen].split(_CHUNK)
-        seen += min(len(pixel_values), num_samples - seen)
+        pixel_values, numbers = unpack_batch(batch, labels="optional")
+        pixel_values = pixel_values[: num_samples - seen]
+        yield from pixel_values.split(_CHUNK)
+        seen += len(pixel_values)
+        if numbers is not None:
+            labels.append(numbers[: len(pixel_values)].cpu())
         if seen == num_samples:
+            _warn_of_one_class(labels)
             return
     raise ValueError(f"least squares was asked to fit {num_samples} images, but the batches hold only {seen}")
 
 
-def _describe(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+def _warn_of_one_class(labels: Sequence[torch.Tensor]) -> None:
+    known = torch.cat([numbers[numbers >= 0] for numbers in labels]) if labels else torch.empty(0)
+    if len(known) > 1 and (known == known[0]).all():
+        logger.warning(
+            f"all {len(known)} images that the stitching layers are fitted on have the label {int(known[0])}. Stitches "
+            "fitted on one class are bad at the others: shuffle the images, which may be sorted by class"
+        )

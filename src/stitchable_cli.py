@@ -204,6 +204,7 @@ def eval(  # the name of the command
         image_column=image_column,
         label_column=label_column,
         batch_size=batch_size,
+        seed=None,
     )
     measured = evaluate(model, batches, _numbers(stitches, "--stitches"))
     dataset = Path(data).name if Path(data).is_dir() else data

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from families import images, make
 from processes import run_python
-from stitchable import StitchableConfig, StitchableForImageClassification
+from stitchable import StitchableConfig, StitchableForImageClassification, initialize_stitches
 from stitchable.card import Card
 from stitchable.conversion import RELEASES
-from stitchable.images import _number
+from stitchable.images import _number, read_batches
 from stitchable.processing import image_processor
 from stitchable.publishing import save_repository
 from stitchable_cli import app
@@ -86,6 +86,11 @@ def test_build_fits_a_family_on_images(tmp_path, pictures) -> None:
     for stitch in model.stitches[2:]:
         fitted, random = (m.get_stitching_layer(stitch.layers[0]).linear.weight for m in (model, fresh))
         assert not torch.equal(fitted, random)
+    again = StitchableForImageClassification.from_pretrained(tmp_path / "new")
+    shuffled = read_batches(str(pictures), image_processor(model.config), batch_size=8)
+    initialize_stitches(again, shuffled, num_samples=8)
+    for name, weight in again.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight)
 
 
 def test_table_and_plot(folder, tmp_path) -> None:

@@ -92,3 +92,34 @@ def test_more_than_sixteen_bits_are_clipped_not_wrapped() -> None:
     shown = np.asarray(to_rgb(Image.fromarray(high)))
     assert shown[0, 0].tolist() == [255, 255, 255]
     assert np.array_equal(shown[1:], np.asarray(grey.convert("RGB"))[1:])
+
+
+@pytest.fixture
+def sorted_by_class(tmp_path) -> Path:
+    """A hundred black, a hundred grey, and a hundred white images, in folders of these names."""
+    for name, level in (("a black", 0), ("b grey", 128), ("c white", 255)):
+        (tmp_path / "sorted" / name).mkdir(parents=True)
+        for number in range(100):
+            Image.new("RGB", (4, 4), (level,) * 3).save(tmp_path / "sorted" / name / f"{number:03d}.png")
+    return tmp_path / "sorted"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_first_images_are_a_sample_of_all_classes(streaming: bool, sorted_by_class, monkeypatch) -> None:
+    if streaming:  # as a data set of the Hub is
+        stream = datasets.load_dataset("imagefolder", data_dir=str(sorted_by_class), split="train", streaming=True)
+        monkeypatch.setattr("stitchable.images._load", lambda source, split: stream)
+    model = make("vit")
+    processor = image_processor(model.config, crop_pct=1.0)
+
+    def levels(**settings) -> list[float]:
+        batch = next(read_batches(str(sorted_by_class), processor, batch_size=100, **settings))
+        means = batch["pixel_values"].mean((1, 2, 3))
+        assert torch.equal(batch["labels"], torch.searchsorted(means.unique(), means))  # they stay together
+        return means.tolist()
+
+    first = levels()
+    assert sorted(20 < first.count(level) < 46 for level in set(first)) == [True] * 3
+    assert levels() == first
+    assert levels(seed=1) != first
+    assert len(set(levels(seed=None))) == 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
@@ -174,7 +175,9 @@ def _exported(model: StitchableForImageClassification, stitch: Stitch) -> torch.
 def _to_onnx(model: StitchableForImageClassification, stitch: Stitch, opset: int | None) -> Any:
     program = _exported(model, stitch)
     try:
-        with _quiet():
+        # The kernel by which PyTorch decomposes attention of its own choice gives, where a bias is added that needs a
+        # gradient, as in BEiT, a layout in memory that the view behind it does not take.
+        with _quiet(), sdpa_kernel(SDPBackend.MATH):
             exported = torch.onnx.export(
                 program,
                 dynamo=True,

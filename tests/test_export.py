@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessor
 
-from families import images, make
+from families import images, make, randomise
+from stitchable import StitchableForImageClassification
 from stitchable.export import ALIGNMENT, WEIGHTS, export_onnx, export_program, metadata_of
 from stitchable.processing import image_processor
 
@@ -111,6 +112,22 @@ def test_other_layouts_and_biased_attention(name: str, tmp_path) -> None:
     path = export_onnx(model, tmp_path, [stitch_id], opset=20)[stitch_id]
     assert [entry.version for entry in onnx.load(path).opset_import] == [20]
     with torch.no_grad():  # not around the export, or PyTorch would choose another kernel for BEiT's attention
+        expected = model(x, stitch_id=stitch_id).logits
+    torch.testing.assert_close(run_onnx(path, x), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_attention_in_windows(tmp_path) -> None:
+    """Of five dimensions, as in Hiera."""
+    settings = {"img_size": (64, 64), "embed_dim": 8, "num_heads": 1}
+    anchors = [{"architecture": "hiera_tiny_224", "kwargs": {**settings, "stages": (1, 1, n, 1)}} for n in (1, 2)]
+    model = StitchableForImageClassification.from_anchors(
+        anchors, pretrained=False, image_size=64, num_labels=5, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    randomise(model).eval()
+    x, stitch_id = torch.randn(3, 3, 64, 64), model.stitches[-1].id
+    path = export_onnx(model, tmp_path, [stitch_id])[stitch_id]
+    with torch.no_grad():
         expected = model(x, stitch_id=stitch_id).logits
     torch.testing.assert_close(run_onnx(path, x), expected, rtol=1e-3, atol=1e-3)
 

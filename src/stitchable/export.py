@@ -25,6 +25,7 @@ from stitchable.publishing import check_new_folder
 
 WEIGHTS = "weights.bin"
 ALIGNMENT = 64  # bytes, so that a runtime can map a tensor into memory where it is
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _SMALL = 1024  # bytes; smaller tensors, among them constants that a runtime must know, stay in the graphs
 
 
@@ -174,10 +175,14 @@ def _exported(model: StitchableForImageClassification, stitch: Stitch) -> torch.
 
 def _to_onnx(model: StitchableForImageClassification, stitch: Stitch, opset: int | None) -> Any:
     program = _exported(model, stitch)
+    attentions = [node for node in program.graph.nodes if node.target == _ATTENTION]
     try:
         # The kernel by which PyTorch decomposes attention of its own choice gives, where a bias is added that needs a
         # gradient, as in BEiT, a layout in memory that the view behind it does not take.
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
+            if any(node.args[0].meta["val"].ndim != 4 for node in attentions):
+                # Windows have a dimension of their own in Hiera and Twins, which ONNX's attention lacks.
+                program = program.run_decompositions({_ATTENTION: _attention_in_parts})
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -199,6 +204,10 @@ def _to_onnx(model: StitchableForImageClassification, stitch: Stitch, opset: int
         described.ClearField("metadata_props")
         described.ClearField("doc_string")
     return proto
+
+
+def _attention_in_parts(*arguments: Any, **options: Any) -> torch.Tensor:
+    return torch.ops.aten._scaled_dot_product_attention_math.default(*arguments, **options)[0]
 
 
 def _share(onnx: Any, initializer: Any, weights: Any, places: dict[bytes, int]) -> None:

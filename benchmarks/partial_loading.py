@@ -32,7 +32,7 @@ import json, re, sys, time
 import stitchable, torch
 from stitchable import StitchableForImageClassification
 def peak_kib():  # of this process since it began; getrusage would count what its parent had
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status", encoding="utf-8").read())[1])
 before = peak_kib()
 started = time.perf_counter()
 model = StitchableForImageClassification.from_pretrained("{REPO}", **json.loads(sys.argv[1]))

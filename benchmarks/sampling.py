@@ -65,7 +65,7 @@ def launch(steps: int, rounds: int, result: Path) -> dict[str, list[float]]:
     ]
     command += [__file__, "--steps", str(steps), "--rounds", str(rounds), "--worker", str(result)]
     subprocess.run(command, check=True)
-    return json.loads(result.read_text())
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def work(steps: int, rounds: int, result: Path) -> None:
@@ -102,7 +102,7 @@ def work(steps: int, rounds: int, result: Path) -> None:
             if number >= 0:
                 seconds[way].append((time.perf_counter() - started) / steps)
     if accelerator.is_main_process:
-        result.write_text(json.dumps(seconds))
+        result.write_text(json.dumps(seconds), encoding="utf-8")
     accelerator.end_training()
 
 

@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     datasets.config.HF_DATASETS_CACHE = folder / "cache-of-two"
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # see test_data.py
-    arguments = json.loads((folder / "arguments.json").read_text())
+    arguments = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))
     found = {
         kind: batches(Data(**a["data"]), Augmentation(**a["augmentation"]), accelerator)
         for kind, a in arguments.items()

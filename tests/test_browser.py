@@ -41,12 +41,12 @@ def serve(command: list[str], cwd: Path, **variables: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(cwd / "uploads"), **variables}
-    with (cwd / "log").open("w") as log:
+    with (cwd / "log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}/"
     try:
         for _ in range(SECONDS):
-            assert process.poll() is None, (cwd / "log").read_text()
+            assert process.poll() is None, (cwd / "log").read_text(encoding="utf-8")
             try:
                 urlopen(address, timeout=5).close()
                 break
@@ -56,7 +56,7 @@ def serve(command: list[str], cwd: Path, **variables: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(SECONDS)
-    assert "Traceback" not in (cwd / "log").read_text()
+    assert "Traceback" not in (cwd / "log").read_text(encoding="utf-8")
 
 
 class Page:

@@ -81,7 +81,7 @@ def test_build_fits_a_family_on_images(tmp_path, pictures) -> None:
     model = StitchableForImageClassification.from_pretrained(tmp_path / "new")
     assert result.stdout == f"{tmp_path / 'new'}: {len(model.stitches)} stitches of 2 anchors\n"
     assert (model.config.num_labels, list(model.config.image_size)) == (5, [64, 64])
-    assert "# new" in (tmp_path / "new" / "README.md").read_text()
+    assert "# new" in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
     fresh = StitchableForImageClassification(model.config)
     for stitch in model.stitches[2:]:
         fitted, random = (m.get_stitching_layer(stitch.layers[0]).linear.weight for m in (model, fresh))
@@ -123,7 +123,7 @@ def test_eval_writes_what_it_measured_into_the_folder(folder, pictures) -> None:
     assert {str(entry["id"]): entry["metrics"]["accuracy"] for entry in config.stitches if "metrics" in entry} == {
         i: figures["accuracy"] for i, figures in measured.items()
     }
-    assert json.loads((folder / "stitches.json").read_text())["stitches"] == config.stitches
+    assert json.loads((folder / "stitches.json").read_text(encoding="utf-8"))["stitches"] == config.stitches
     card = ModelCard.load(folder / "README.md")
     assert len(card.data.eval_results) == 8
     assert "accuracy on pictures." in card.text
@@ -138,7 +138,7 @@ def test_calibrate_makes_budgets(folder) -> None:
     assert "median error" in output
     model = StitchableForImageClassification.from_pretrained(folder)
     assert model.for_budget(latency_ms=1e6).latency_ms > 0
-    assert "Milliseconds of a call and peak of memory: predicted" in (folder / "README.md").read_text()
+    assert "Milliseconds of a call and peak of memory: predicted" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_extract_saves_one_stitch(folder, tmp_path) -> None:
@@ -208,8 +208,8 @@ def test_a_mistake_is_one_line(arguments, message, folder, pictures, tmp_path) -
         Image.new("RGB", (9, 9)).save(tmp_path / "splits" / split / "class 1" / "1.png")
     (tmp_path / "empty").mkdir()
     shutil.copytree(folder, tmp_path / "other_table")
-    table = (folder / "stitches.json").read_text()
-    (tmp_path / "other_table" / "stitches.json").write_text(table.replace('"flops": ', '"flops": 1'))
+    table = (folder / "stitches.json").read_text(encoding="utf-8")
+    (tmp_path / "other_table" / "stitches.json").write_text(table.replace('"flops": ', '"flops": 1'), encoding="utf-8")
     places = {
         name: tmp_path / name for name in ("empty", "new", "pictures", "strangers", "broken", "splits", "other_table")
     }

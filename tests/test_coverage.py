@@ -36,7 +36,7 @@ def test_every_module_is_tested_or_refused() -> None:
 @pytest.mark.slow
 def test_the_table_of_the_documentation_is_what_the_command_prints() -> None:
     modules = survey(timm_modules())  # other tests register families of their own
-    assert PAGE.read_text().endswith(f"{to_markdown(modules)}\n")
+    assert PAGE.read_text(encoding="utf-8").endswith(f"{to_markdown(modules)}\n")
     assert {module.name for module in modules if module.supported} == set(PAIRS)
     assert sum(module.supported for module in modules) >= 0.9 * sum(module.architectures for module in modules)
 

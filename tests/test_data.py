@@ -452,7 +452,7 @@ def test_two_processes_share_the_epoch_of_one(tmp_path, config, processor) -> No
         data = changed(write(tmp_path / kind), **changes)
         mixed = augmentation.model_copy(update={"mixup": 0.8})
         arguments[kind] = {"data": data.model_dump(), "augmentation": mixed.model_dump()}
-    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["tests/distributed_data.py", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "training")}

@@ -174,10 +174,10 @@ def test_a_checkpoint_of_another_evaluation_is_refused(tmp_path, monkeypatch) ->
     model.bfloat16()
     with pytest.raises(ValueError, match="with other weights"):
         evaluate(model, data, checkpoint=path)
-    path.write_text("something else")
+    path.write_text("something else", encoding="utf-8")
     with pytest.raises(ValueError, match="partial is no checkpoint of an evaluation"):
         evaluate(model, data, checkpoint=path)
-    assert path.read_text() == "something else"
+    assert path.read_text(encoding="utf-8") == "something else"
 
 
 def test_two_processes_count_every_sample_once(tmp_path) -> None:

@@ -230,7 +230,7 @@ def test_a_file_that_cannot_travel_is_left_with_a_warning(file, line, message, t
     monkeypatch.syspath_prepend(path.parent)
     code = BODY.format(line=line)
     if file.endswith(".py"):
-        path.write_text(code)
+        path.write_text(code, encoding="utf-8")
         module.__file__ = str(path)
     exec(compile(code, str(path), "exec"), module.__dict__)
     model = SimpleNamespace(config=SimpleNamespace())

@@ -53,11 +53,11 @@ loaded = StitchableForImageClassification.from_pretrained("{REPO}")
 loaded.push_to_hub("{REPO}")  # changes nothing
 
 folder = HfApi().snapshot_download("{REPO}", local_dir="local")
-card = open("local/README.md").read()
+card = open("local/README.md", encoding="utf-8").read()
 edited = card.replace("library_name", "language: en\\nlibrary_name") + "\\n## From its author\\n\\nMind the gap.\\n"
 HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="{REPO}")
 HfApi().upload_file(path_or_fileobj=b"old", path_in_repo="model.safetensors", repo_id="{REPO}")
-open("local/README.md", "w").write(card.replace("50.00 %", "25.00 %", 1))
+open("local/README.md", "w", encoding="utf-8").write(card.replace("50.00 %", "25.00 %", 1))
 control("break/0")
 push_folder("local", "{REPO}", commit_message="Again")
 push_folder("local", "{REPO}", commit_message="Tagged", tags=["tiny"])

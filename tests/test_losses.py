@@ -188,7 +188,7 @@ def test_a_timm_teacher_in_a_folder_of_transformers(tmp_path) -> None:
         "model_args": TINY_RESNET,
         "pretrained_cfg": {"input_size": [3, 16, 16], "num_classes": 3, **TEACHERS},
     }
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     teacher = load_teacher(str(tmp_path), config())
     images = torch.rand(2, 3, 16, 16)

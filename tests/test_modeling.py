@@ -306,9 +306,9 @@ def test_a_new_model_keeps_timms_initialisation() -> None:
 def test_stitching_layers_that_a_checkpoint_lacks_start_as_pytorch_starts_them(model, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     content["weight_map"] = {name: file for name, file in content["weight_map"].items() if "stitching" not in file}
-    index.write_text(json.dumps(content))
+    index.write_text(json.dumps(content), encoding="utf-8")
     layer = StitchableForImageClassification.from_pretrained(tmp_path).get_stitching_layer("0-1.0")
     bound = layer.linear.in_features**-0.5  # Kaiming uniform of a 1x1 convolution
     for parameter in (layer.linear.weight, layer.linear.bias):

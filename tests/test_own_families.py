@@ -126,7 +126,7 @@ def test_other_code_of_the_same_names_is_not_taken_for_it(tmp_path: Path) -> Non
     StitchableForImageClassification.from_anchors(NAMES, pretrained=False).save_pretrained(tmp_path)
     StitchableForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
     file = tmp_path / EXAMPLE.name
-    file.write_text(file.read_text().replace("nn.GELU", "nn.ReLU"))
+    file.write_text(file.read_text(encoding="utf-8").replace("nn.GELU", "nn.ReLU"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"other code of digit_mixer_m than the digit_mixer\.py that is registered"):
         StitchableForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
     StitchableForImageClassification.from_pretrained(tmp_path)  # what is registered here
@@ -139,10 +139,10 @@ def test_other_code_of_the_same_names_is_not_taken_for_it(tmp_path: Path) -> Non
 
 
 def test_files_that_do_not_import_are_named(tmp_path: Path) -> None:
-    (tmp_path / "json.py").write_text("")
+    (tmp_path / "json.py").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="there is a module json already"):
         run_modules([str(tmp_path / "json.py")])
-    (tmp_path / "broken_family.py").write_text("1 / 0")
+    (tmp_path / "broken_family.py").write_text("1 / 0", encoding="utf-8")
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             run_modules([str(tmp_path / "broken_family.py")])

@@ -97,8 +97,8 @@ def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
         *("README.md", "stitches.json", "accuracy_flops.png", "sample.png"),
         *SHIPPED,
     }
-    table = json.loads((folder / "stitches.json").read_text())
-    config = json.loads((folder / "config.json").read_text())
+    table = json.loads((folder / "stitches.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert table["stitches"] == config["stitches"] == [stitch.to_dict() for stitch in model.stitches]
     with Image.open(folder / "accuracy_flops.png") as figure:
         assert figure.size[0] > 500
@@ -127,7 +127,7 @@ def test_a_route_reads_as_the_blocks_of_each_anchor() -> None:
 def test_nothing_is_written_over_another_run(tmp_path) -> None:
     model = make("vit")
     processor, card = image_processor(model.config, crop_pct=1.0), Card("tiny", "noise")
-    (tmp_path / "other.txt").write_text("mine")
+    (tmp_path / "other.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="already holds something"):
         save_repository(model, tmp_path, processor, card)
     assert {path.name for path in tmp_path.iterdir()} == {"other.txt"}
@@ -138,7 +138,7 @@ def test_nothing_is_written_over_another_run(tmp_path) -> None:
 def test_a_model_that_was_not_measured_has_a_card_that_says_so(tmp_path) -> None:
     model = make("vit")
     save_repository(model, tmp_path, image_processor(model.config), Card("tiny"))
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "No stitch has been measured." in text
     assert "Pareto front" not in text
     assert not (tmp_path / "accuracy_flops.png").exists()
@@ -147,7 +147,7 @@ def test_a_model_that_was_not_measured_has_a_card_that_says_so(tmp_path) -> None
 
 def test_the_snippet_of_the_card_is_run_and_its_output_is_in_the_card(tmp_path) -> None:
     model, _ = published("vit", tmp_path / "hub")
-    before = (tmp_path / "hub" / "README.md").read_text()
+    before = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
     output = try_out(tmp_path / "hub")
     middle = sorted((stitch for stitch in model.stitches if stitch.is_anchor), key=lambda stitch: stitch.flops)[1]
     stitch = model.for_budget(middle.flops)
@@ -155,11 +155,11 @@ def test_the_snippet_of_the_card_is_run_and_its_output_is_in_the_card(tmp_path) 
     assert first == f"stitch {stitch.id}: {stitch.flops:,} FLOPs, {stitch.params:,} parameters"
     assert "'label': 'class " in second
     assert third.startswith(f"{stitch.params:,} of {model.num_parameters():,} parameters")
-    after = (tmp_path / "hub" / "README.md").read_text()
+    after = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
     assert f"```text\n{output}```" in after
     assert after.replace(f"For [sample.png](sample.png) it prints\n\n```text\n{output}```", OUTPUT) == before
     broken = re.sub(r"```python\n.*?```", "```python\nprint(1 / 0)\n```", before, count=1, flags=re.DOTALL)
-    (tmp_path / "hub" / "README.md").write_text(broken)
+    (tmp_path / "hub" / "README.md").write_text(broken, encoding="utf-8")
     with pytest.raises(SnippetError, match=r"(?s)the snippet of .*README.md fails: .*ZeroDivisionError"):
         try_out(tmp_path / "hub")
 

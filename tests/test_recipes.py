@@ -33,7 +33,9 @@ LABELS = [f"class {number}" for number in range(10)]
 
 def commands() -> list[list[str]]:
     """The command lines in the code blocks of the README, split into words."""
-    blocks = re.findall(r"^```\n(.*?)^```", (FOLDER / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```\n(.*?)^```", (FOLDER / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
@@ -76,7 +78,7 @@ def test_the_recipes_are_all_there() -> None:
         "ablations/single_stitch.yaml",
         "ablations/layer_drop.yaml",
     }
-    text = (FOLDER / "README.md").read_text()
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert [name for name in RECIPES if f"| `{name}` |" not in text] == []
     outputs = [load_recipe(FOLDER / name).output for name in RECIPES]
     assert len(set(outputs)) == len(outputs)
@@ -403,9 +405,13 @@ def test_images_are_called_after_their_data_set_or_folder(settings: dict, name: 
 
 def test_a_recipe_takes_from_its_base_what_it_does_not_say(tmp_path) -> None:
     (tmp_path / "deep").mkdir()
-    (tmp_path / "first.yaml").write_text(DIGITS.read_text())
-    (tmp_path / "deep" / "second.yaml").write_text("base: ../first.yaml\nname: second\ntraining: {epochs: 7}\n")
-    (tmp_path / "deep" / "third.yaml").write_text("base: second.yaml\npretraining: null\ntraining: {clip: null}\n")
+    (tmp_path / "first.yaml").write_text(DIGITS.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "deep" / "second.yaml").write_text(
+        "base: ../first.yaml\nname: second\ntraining: {epochs: 7}\n", encoding="utf-8"
+    )
+    (tmp_path / "deep" / "third.yaml").write_text(
+        "base: second.yaml\npretraining: null\ntraining: {clip: null}\n", encoding="utf-8"
+    )
     first, third = load_recipe(tmp_path / "first.yaml"), load_recipe(tmp_path / "deep" / "third.yaml", ["seed=3"])
     assert (third.name, third.seed, third.pretraining) == ("second", 3, None)
     assert (third.training.epochs, third.training.clip) == (7, None)
@@ -430,8 +436,8 @@ def test_a_recipe_takes_from_its_base_what_it_does_not_say(tmp_path) -> None:
 def test_a_file_that_is_no_recipe_is_named(content: str, message: str, tmp_path) -> None:
     folder = tmp_path / "recipe"
     folder.mkdir()
-    (folder / "other.yaml").write_text("base: test.yaml\n")
-    (folder / "test.yaml").write_text(content)
+    (folder / "other.yaml").write_text("base: test.yaml\n", encoding="utf-8")
+    (folder / "test.yaml").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as error:
         load_recipe(folder / "test.yaml")
     assert str(folder) in str(error.value)

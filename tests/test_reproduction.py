@@ -41,7 +41,7 @@ def test_rank_correlations_are_per_pair_with_its_anchors() -> None:
 
 
 def test_the_page_shows_what_the_results_say() -> None:
-    text = PAGE.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     studies = {path.stem for path in RESULTS.glob("*.json")}
     assert studies == set(STUDIES)
     for study in studies:

@@ -205,9 +205,9 @@ def drop_a_weight(folder: Path) -> None:
 
 
 def point_outside(folder: Path) -> None:
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     index["weight_map"]["anchors.1.cls_token"] = "../../secret.safetensors"
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 DAMAGES = [
@@ -217,8 +217,16 @@ DAMAGES = [
     (replace_by_another_models, ValueError, "the weights of .* are those of another model"),
     (drop_a_weight, OSError, f"{SHARDS[1]} lacks 1 weights that {INDEX} places there, e.g. anchors.1.blocks.0.norm1"),
     (point_outside, ValueError, "is no index of weights: it names files of other folders, e.g. '../../secret"),
-    (lambda folder: (folder / INDEX).write_text("{}"), ValueError, "is no index of weights: KeyError"),
-    (lambda folder: (folder / INDEX).write_text('{"weight_map": []}'), ValueError, "is no index of weights"),
+    (
+        lambda folder: (folder / INDEX).write_text("{}", encoding="utf-8"),
+        ValueError,
+        "is no index of weights: KeyError",
+    ),
+    (
+        lambda folder: (folder / INDEX).write_text('{"weight_map": []}', encoding="utf-8"),
+        ValueError,
+        "is no index of weights",
+    ),
     (lambda folder: (folder / INDEX).write_bytes(b"\xff{"), ValueError, "is no index of weights: UnicodeDecodeError"),
     (lambda folder: (folder / INDEX).unlink(), OSError, "no file named model.safetensors"),
     (lambda folder: (folder / "config.json").unlink(), ValueError, "no config.json of a stitchable"),

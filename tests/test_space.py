@@ -152,7 +152,7 @@ def test_bad_settings_are_named(anchors: list[AnchorShape], settings: dict, mess
 
 def test_space_and_routes_import_no_torch() -> None:
     for module in (stitchable.space, stitchable.model.routes):
-        tree = ast.parse(Path(module.__file__).read_text())
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         imports = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         imports += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
         assert not any(name.split(".")[0] in ("torch", "timm", "transformers", "numpy") for name in imports), imports

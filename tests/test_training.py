@@ -89,7 +89,7 @@ def start_and_signal(output: Path, overrides: list[str], after_steps: int, numbe
     ) as process:
         draws = Path(f"{output}-run") / "draws.tsv"
         deadline = time.monotonic() + 120
-        while not draws.exists() or draws.read_text().count("\n") < after_steps:
+        while not draws.exists() or draws.read_text(encoding="utf-8").count("\n") < after_steps:
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -102,25 +102,25 @@ def test_the_main_job_from_anchors_to_predictions(tmp_path, capsys) -> None:
     output = tmp_path / "run"
     result = train(f"output={output}", *QUICK, launcher=ONE)
     assert result.returncode == 0, result.stderr
-    table = json.loads((output / "stitches.json").read_text())["stitches"]
+    table = json.loads((output / "stitches.json").read_text(encoding="utf-8"))["stitches"]
     assert len(table) == 35
     names = {"accuracy", "top5_accuracy", "loss", "images_per_second"}
     assert all(set(stitch["metrics"]) == names for stitch in table)
     assert "parameters are loaded for this stitch alone" in result.stdout
-    assert result.stdout.split("README.md prints\n")[1] in (output / "README.md").read_text()
+    assert result.stdout.split("README.md prints\n")[1] in (output / "README.md").read_text(encoding="utf-8")
     assert "stitches: 100%" in result.stderr.replace("\r", "\n")
     assert re.search(r"stitches, epoch 1/1: loss [\d.]+, learning_rate [\d.e-]+, images_per_second \d+", result.stdout)
     assert list(Path(f"{output}-run").rglob("events.out.tfevents*"))
 
     # The block that README.md opens with runs on what the demo leaves.
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert block
     exec(block[1].replace("runs/digits", str(output)))
     assert "MFLOPs: stitch" in capsys.readouterr().out
 
     with pytest.raises(ValueError, match="already holds something"):
         run(load_recipe(DIGITS, [f"output={output}", *QUICK]))
-    assert json.loads((output / "stitches.json").read_text())["stitches"] == table
+    assert json.loads((output / "stitches.json").read_text(encoding="utf-8"))["stitches"] == table
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,12 @@ def test_a_killed_run_resumes_to_the_same_bits(steps: int, uninterrupted: Path, 
     assert list(resumed) == list(expected)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     logs = [Path(f"{folder}-run") / "draws.tsv" for folder in (output, uninterrupted)]
-    assert logs[0].read_text() == logs[1].read_text()
+    assert logs[0].read_text(encoding="utf-8") == logs[1].read_text(encoding="utf-8")
     assert len(list(Path(f"{output}-run").glob("checkpoint-*"))) == 2  # older ones are pruned
-    results = [json.loads((Path(f"{folder}-run") / "results.json").read_text()) for folder in (output, uninterrupted)]
+    results = [
+        json.loads((Path(f"{folder}-run") / "results.json").read_text(encoding="utf-8"))
+        for folder in (output, uninterrupted)
+    ]
     assert results[0] == results[1]
 
 
@@ -322,7 +325,9 @@ def test_however_it_is_launched_it_is_the_same_training(name: str, alone: Path, 
     expected = weights(alone)
     for tensor_name, tensor in weights(output).items():
         torch.testing.assert_close(tensor, expected[tensor_name], rtol=1e-3, atol=1e-3)
-    lines = [(Path(f"{folder}-run") / "draws.tsv").read_text().splitlines() for folder in (output, alone)]
+    lines = [
+        (Path(f"{folder}-run") / "draws.tsv").read_text(encoding="utf-8").splitlines() for folder in (output, alone)
+    ]
     assert [line.split("\t")[:3] for line in lines[0]] == [line.split("\t") for line in lines[1]]
 
 
@@ -336,14 +341,14 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch) -> None:
     """A run that was killed after its last evaluation publishes the same figures without another one."""
     recipe = load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *TINY])
     run(recipe)
-    table = (tmp_path / "run" / "stitches.json").read_text()
+    table = (tmp_path / "run" / "stitches.json").read_text(encoding="utf-8")
     shutil.rmtree(tmp_path / "run")
     AcceleratorState._reset_state(reset_partial_state=True)
     evaluated = []
     monkeypatch.setattr("train.evaluate", lambda *arguments, **options: evaluated.append(arguments))
     run(recipe, resume=True)
     assert not evaluated
-    assert (tmp_path / "run" / "stitches.json").read_text() == table
+    assert (tmp_path / "run" / "stitches.json").read_text(encoding="utf-8") == table
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path) -> None:
@@ -374,11 +379,11 @@ def test_the_digits_curve_is_real(tmp_path) -> None:
     """Most Ti-S stitches lie between their anchors, and the joint training does not ruin the anchors."""
     result = train(f"output={tmp_path / 'run'}", launcher=ONE)
     assert result.returncode == 0, result.stderr
-    table = json.loads((tmp_path / "run" / "stitches.json").read_text())["stitches"]
+    table = json.loads((tmp_path / "run" / "stitches.json").read_text(encoding="utf-8"))["stitches"]
     accuracy = {stitch["id"]: stitch["metrics"]["accuracy"] for stitch in table}
     between = [accuracy[0] <= accuracy[stitch["id"]] <= accuracy[1] for stitch in table if _anchors(stitch) == [0, 1]]
     assert sum(between) > len(between) / 2
-    before = json.loads((tmp_path / "run-run" / "results.json").read_text())["before"]
+    before = json.loads((tmp_path / "run-run" / "results.json").read_text(encoding="utf-8"))["before"]
     assert all(accuracy[anchor] > before[str(anchor)]["accuracy"] - 0.06 for anchor in range(3))
 
 

@@ -59,7 +59,7 @@ class Checkpoints:
             accelerator.save_state(str(partial))
             if accelerator.is_main_process:
                 progress = {"phase": phase, "step": step, "results": results}
-                (partial / "progress.json").write_text(json.dumps(progress))
+                (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunStopped(f"{target} cannot be written: {error}. {self.how_to_resume()}") from error
@@ -79,7 +79,7 @@ class Checkpoints:
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """Phase, step and results of a checkpoint."""
-    return json.loads((checkpoint / "progress.json").read_text())
+    return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
 
 
 # What may change between the parts of a run, for it changes no weight.
@@ -120,7 +120,9 @@ def check_no_run(recipe: Recipe) -> None:
 def write_recipe(recipe: Recipe) -> None:
     """Leave the recipe in the run folder, for `check_same_recipe`."""
     recipe.run_folder.mkdir(parents=True, exist_ok=True)
-    (recipe.run_folder / "recipe.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
+    (recipe.run_folder / "recipe.yaml").write_text(
+        OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())), encoding="utf-8"
+    )
 
 
 def flatten(content: Any, prefix: str = "") -> dict[str, Any]:

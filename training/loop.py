@@ -206,11 +206,11 @@ class Loop:
             yield lambda step: None
             return
         path = self.folder / "draws.tsv"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         # What came after the checkpoint that the run is resumed from is drawn again.
         kept = [line for line in lines if _place(line) < (phase.number, first_step)]
-        path.write_text("".join(kept))
-        with path.open("a", buffering=1) as file:
+        path.write_text("".join(kept), encoding="utf-8")
+        with path.open("a", buffering=1, encoding="utf-8") as file:
             yield lambda step: print(
                 phase.number,
                 step,

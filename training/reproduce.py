@@ -142,7 +142,7 @@ class Runner:
 
     def run(self, only: list[str] | None, jobs: int) -> None:
         """Run what the results lack."""
-        self.results = json.loads(self.path.read_text()) if self.path.exists() else {"runs": {}}
+        self.results = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"runs": {}}
         wanted = only or list(self.study.variants)
         unknown = set(wanted) - set(self.study.variants)
         if unknown:
@@ -184,14 +184,14 @@ class Runner:
         with self.lock:
             self.results["runs"].setdefault(name, {})[str(seed)] = {
                 "command": command,
-                **json.loads(Path(f"{output}.provenance.json").read_text()),
+                **json.loads(Path(f"{output}.provenance.json").read_text(encoding="utf-8")),
                 **read_results(output),
                 **more,
             }
             runs = self.results["runs"]
             self.results["runs"] = {name: runs[name] for name in self.study.variants if name in runs}
             RESULTS.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.results, indent=None) + "\n")
+            self.path.write_text(json.dumps(self.results, indent=None) + "\n", encoding="utf-8")
 
     def crop(self, anchor: int, output: Path) -> dict[str, Any]:
         """FLOPs and accuracy of an anchor with some of its blocks left out."""
@@ -215,9 +215,9 @@ class Runner:
         resume = ["--resume"] if (Path(f"{output}-run") / "recipe.yaml").exists() else []
         output.parent.mkdir(parents=True, exist_ok=True)
         if not resume:  # now, because the working tree may have changed when the run ends
-            Path(f"{output}.provenance.json").write_text(json.dumps(provenance()))
+            Path(f"{output}.provenance.json").write_text(json.dumps(provenance()), encoding="utf-8")
         print(" ".join(command), flush=True)
-        with Path(f"{output}.log").open("a") as log:
+        with Path(f"{output}.log").open("a", encoding="utf-8") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             started = [sys.executable, *command, *resume]
             if subprocess.run(started, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode:
@@ -227,8 +227,8 @@ class Runner:
 
 def read_results(output: Path) -> dict[str, Any]:
     """Routes, FLOPs, and accuracies before, after the initialisation, and after the training, by stitch id."""
-    table = json.loads((output / "stitches.json").read_text())["stitches"]
-    stages = json.loads((Path(f"{output}-run") / "results.json").read_text())
+    table = json.loads((output / "stitches.json").read_text(encoding="utf-8"))["stitches"]
+    stages = json.loads((Path(f"{output}-run") / "results.json").read_text(encoding="utf-8"))
     accuracies = {
         stage: {i: round(metrics["accuracy"], 6) for i, metrics in measured.items()}
         for stage, measured in stages.items()

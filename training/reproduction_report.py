@@ -25,11 +25,11 @@ Run = dict[str, Any]
 def main() -> None:
     """Bring the page and its figures up to date."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    text = PAGE.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     for path in sorted(RESULTS.glob("*.json")):
         text = fill(text, path.stem)
         draw(path.stem, read_runs(path.stem))
-    PAGE.write_text(text)
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def fill(text: str, study: str) -> str:
@@ -52,7 +52,7 @@ def fill(text: str, study: str) -> str:
 
 def read_runs(study: str) -> dict[str, dict[str, Run]]:
     """Runs of a study: variant -> seed -> run."""
-    return json.loads((RESULTS / f"{study}.json").read_text())["runs"]
+    return json.loads((RESULTS / f"{study}.json").read_text(encoding="utf-8"))["runs"]
 
 
 def pair_of(route: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -252,20 +252,22 @@ class _Run:
                 self.model, self.test_loader, stitch_ids, accelerator=self.accelerator, checkpoint=partial
             )
             if self.accelerator.is_main_process:
-                known.write_text(json.dumps({"weights": weights, "figures": measured}))
+                known.write_text(json.dumps({"weights": weights, "figures": measured}), encoding="utf-8")
         else:
             for stitch_id, metrics in measured.items():
                 self.model.record(stitch_id, metrics=metrics)
         self.results[stage] = measured
         if self.accelerator.is_main_process:
-            (self.recipe.run_folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+            (self.recipe.run_folder / "results.json").write_text(
+                json.dumps(self.results, indent=1) + "\n", encoding="utf-8"
+            )
         return measured
 
     def _known_figures(self, path: Path, weights: str | None) -> Metrics | None:
         """What an earlier part of the run measured of the very same weights, as the main process finds it."""
         figures = None
         if self.accelerator.is_main_process and path.exists():
-            known = json.loads(path.read_text())
+            known = json.loads(path.read_text(encoding="utf-8"))
             if known["weights"] == weights:
                 figures = _by_id(known["figures"])
         (figures,) = broadcast_object_list([figures])

@@ -126,7 +126,7 @@ def try_out(folder: str | Path) -> str:
         SnippetError: it fails; with the end of what it said.
     """
     path = Path(folder) / CARD
-    text, name = path.read_text(), ModelCard.load(path).data.model_name
+    text, name = path.read_text(encoding="utf-8"), ModelCard.load(path).data.model_name
     snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert snippet is not None  # of our own template
     code = snippet[1].replace(f'"{name}"', repr(str(path.parent.resolve())))
@@ -143,7 +143,9 @@ def try_out(folder: str | Path) -> str:
         )
     if result.returncode:
         raise SnippetError(f"the snippet of {path} fails: {result.stderr[-1000:]}")
-    path.write_text(text.replace(OUTPUT, f"For [{SAMPLE}]({SAMPLE}) it prints\n\n```text\n{result.stdout}```"))
+    path.write_text(
+        text.replace(OUTPUT, f"For [{SAMPLE}]({SAMPLE}) it prints\n\n```text\n{result.stdout}```"), encoding="utf-8"
+    )
     return result.stdout
 
 

@@ -65,12 +65,12 @@ def carry_families(model: StitchablePreTrainedModel, classes: Iterable[type[nn.M
         except ValueError as error:
             logger.warning(f"{error}. So the checkpoint loads only where the file of this class was imported before")
             continue
-        (folder / path.name).write_text(text)
+        (folder / path.name).write_text(text, encoding="utf-8")
         carried[name] = path
     if carried:
         imports = "".join(f"from .{path.stem} import {name}\n" for name, path in carried.items())
-        text = (_PACKAGE / "families.py").read_text().replace("\nFAMILIES", f"\n{imports}\nFAMILIES")
-        (folder / "families.py").write_text(text.replace("= ()", f"= ({', '.join(carried)},)"))
+        text = (_PACKAGE / "families.py").read_text(encoding="utf-8").replace("\nFAMILIES", f"\n{imports}\nFAMILIES")
+        (folder / "families.py").write_text(text.replace("= ()", f"= ({', '.join(carried)},)"), encoding="utf-8")
     model.config.families = sorted(path.name for path in carried.values())
 
 
@@ -88,7 +88,9 @@ def import_families(source: str | Path, files: Sequence[str], **hub: Any) -> Non
     for file in files:
         path = cached_file(source, file, **hub)
         assert path is not None  # else it raises
-        text = re.sub(r"from \.(architectures|anchors) import", "from stitchable import", Path(path).read_text())
+        text = re.sub(
+            r"from \.(architectures|anchors) import", "from stitchable import", Path(path).read_text(encoding="utf-8")
+        )
         # By content: another checkpoint may bring another file of this name.
         name = f"stitchable_{Path(file).stem}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if name in sys.modules:
@@ -123,7 +125,7 @@ def check_families(source: str | Path, files: Sequence[str], architectures: Iter
         except ValueError:  # such as a class of a notebook, which no file can equal
             continue
         path = cached_file(source, own.name, **hub) if own.name in files else None
-        if path is None or Path(path).read_text().split() != text.split():
+        if path is None or Path(path).read_text(encoding="utf-8").split() != text.split():
             raise ValueError(
                 f"{source} brings other code of {name} than the {own.name} that is registered here; load it in a "
                 "process of its own, or without trust_remote_code to run what is registered"
@@ -139,7 +141,7 @@ def _read(model_class: type[nn.Module]) -> tuple[Path, str]:
     name = model_class.__name__
     try:
         path = Path(inspect.getsourcefile(model_class) or "")
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, TypeError):
         raise ValueError(f"{name} was not defined in a file") from None
     if model_class.__module__ == "__main__":

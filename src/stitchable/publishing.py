@@ -98,7 +98,7 @@ def update_repository(
     if not (folder / "preprocessor_config.json").exists():
         processor_of(model).save_pretrained(folder)
     _describe(model, folder)
-    (folder / CARD).write_text(merge_cards(str(make_card(model, card)), old, card.name))
+    (folder / CARD).write_text(merge_cards(str(make_card(model, card)), old, card.name), encoding="utf-8")
     if not (folder / SAMPLE).exists():
         Image.new("RGB", (64, 64), "grey").save(folder / SAMPLE)
     if trust_remote_code or _has_our_code(folder):
@@ -115,12 +115,12 @@ def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
     if any("accuracy" in stitch.metrics for stitch in model.stitches):
         plot_stitches(model.stitches, names).savefig(folder / FIGURE)
     table = {"anchors": names, "stitches": [stitch.to_dict() for stitch in model.stitches]}
-    (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for path in folder.glob(".eval_results/stitch-*.yaml"):
         path.unlink()
     for name, content in eval_results_files(model.stitches, Card.of(model.config, "").dataset).items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content)
+        (folder / name).write_text(content, encoding="utf-8")
 
 
 def push_model(
@@ -197,9 +197,11 @@ def push_folder(
         shutil.copytree(folder, staged, copy_function=_link, ignore=shutil.ignore_patterns("__pycache__"))
         _check_checkpoint(staged)
         if (staged / CARD).exists():
-            merged = merge_cards((folder / CARD).read_text(), _card_of(api, repo_id, revision), repo_id, tags or ())
+            merged = merge_cards(
+                (folder / CARD).read_text(encoding="utf-8"), _card_of(api, repo_id, revision), repo_id, tags or ()
+            )
             (staged / CARD).unlink()  # a link to the user's own
-            (staged / CARD).write_text(merged)
+            (staged / CARD).write_text(merged, encoding="utf-8")
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=staged,
@@ -240,7 +242,7 @@ def _check_checkpoint(folder: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = None
     return content if isinstance(content, dict) else {}

@@ -114,7 +114,7 @@ def _name(device: torch.device) -> str:
 def processor_name() -> str:
     """The CPU of this machine as its maker calls it, as far as can be known."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

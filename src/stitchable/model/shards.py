@@ -37,7 +37,7 @@ def split_weights(folder: str | os.PathLike, variant: str | None = None) -> None
                 save_file(tensors, folder / shard, metadata={"format": "pt"})
                 total_size += sum(tensor.nbytes for tensor in tensors.values())
             content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            index.write_text(json.dumps(content, indent=2) + "\n")
+            index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             stale -= {index, *(folder / shard for shard in weight_map.values())}
             stale |= {whole}  # it would win over the index
     for path in stale:
@@ -122,7 +122,7 @@ def _fetch(source: str | os.PathLike, shard: str, index: str, **hub: Any) -> str
 
 def _read_index(path: str) -> dict[str, str]:
     try:
-        weight_map = json.loads(Path(path).read_text())["weight_map"]
+        weight_map = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
         outside = {shard for shard in weight_map.values() if Path(shard).name != shard}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of weights: {error!r}") from error

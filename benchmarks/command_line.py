@@ -58,7 +58,7 @@ def main() -> None:
 def cpu_seconds(arguments: list[str]) -> float:
     """User and system seconds of a Python process that runs the code `arguments[0]` with the other arguments."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", *arguments], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, "-c", *arguments], capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 

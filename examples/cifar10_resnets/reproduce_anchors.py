@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="folder of the published checkpoints")
     parser.add_argument("--data", type=Path, required=True, help="folder of the parquet files")
     parser.add_argument("--num-samples", type=int, default=100, help="training images for least squares")
-    parser.add_argument("--num-images", type=int, default=10_000, help="test images, the first ones")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of training images")
+    parser.add_argument("--num-images", type=int, default=10_000, help="test images, of all classes")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     try:
@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     model = StitchableForImageClassification.from_anchors(anchors, stages=[0, 1, 2]).to(arguments.device)
     test_files, train_files = (find(arguments.data, f"{split}-*.parquet") for split in ("test", "train"))
     test_set = Dataset.from_parquet([str(file) for file in test_files])
-    test = batches(test_set.select(range(min(arguments.num_images, len(test_set)))), model.config)
+    shuffled = test_set.shuffle(arguments.seed, keep_in_memory=True)
+    test = batches(shuffled.select(range(min(arguments.num_images, len(test_set)))), model.config)
 
     measured = evaluate(model, test, range(len(LAYERS)))
     for index, layers in enumerate(LAYERS):

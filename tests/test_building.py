@@ -1,5 +1,6 @@
 """`StitchableConfig.from_anchors`: any order, agreement, defaults, and what it refuses."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_an_image_size_reaches_architectures_that_fix_it() -> None:
         (["resnet18", "resnet50"], {"stages": [9]}, "distinct numbers"),
         ([vit(), vit(embed_dim=16)], {"pairs": "forward", "kernel_size": 1}, "no stitch"),
         ([vit(img_size=32), vit(img_size=32)], {"image_size": 64}, "cannot take images of 3x64x64"),
-        ([3, "resnet18"], {}, "the name of a timm model, got 3"),
+        ([3, "resnet18"], {}, "as timm names its models; got 3"),
         (vit(), {}, "at least two anchors, got 1"),
         ([vit(), vit(width=3)], {}, "'vit_tiny_patch16_224' cannot be made with .*width"),
         ([vit(), vit(num_heads=5)], {}, "cannot be made"),
@@ -97,16 +98,13 @@ def test_anchors_with_other_classes_need_num_labels() -> None:
 
 @pytest.mark.parametrize("num_labels", [4, 9])
 def test_pretrained_weights_are_timms(num_labels: int, tmp_path) -> None:
-    """Timm's own loading code, on weights from a file instead of the Hub."""
+    """Timm's own loading code, on a folder instead of the Hub; the config has what timm finds there, and not where."""
     family, sources = [], []
     for width in (8, 12):
-        source = randomise(timm.create_model("resnet18", channels=[width] * 4, num_classes=4), seed=width)
-        path = tmp_path / f"{width}.safetensors"
-        save_file(source.state_dict(), path)
-        overlay = {"file": str(path), "num_classes": 4}
-        family.append(
-            {"architecture": "resnet18", "kwargs": {"channels": [width] * 4, "pretrained_cfg_overlay": overlay}}
-        )
+        kwargs = {"channels": [width] * 4}
+        source = randomise(timm.create_model("resnet18", num_classes=4, **kwargs), seed=width)
+        timm.models.save_for_hf(source, tmp_path / f"of-{width}", model_args=kwargs)
+        family.append(f"local-dir:{tmp_path / f'of-{width}'}")
         sources.append(source.eval())
     model = StitchableForImageClassification.from_anchors(
         family, pretrained=True, num_labels=num_labels, image_size=32, stages=[0, 1]
@@ -115,7 +113,14 @@ def test_pretrained_weights_are_timms(num_labels: int, tmp_path) -> None:
     for index, source in enumerate(sources):
         assert torch.equal(model.anchors[index].forward_features(x), source.forward_features(x))
         assert torch.equal(model(x, stitch_id=index).logits, source(x)) == (num_labels == 4)
-    assert model.config.anchors[0]["pretrained"]
+    assert [anchor["architecture"] for anchor in model.config.anchors] == ["resnet18", "resnet18"]
+    assert [anchor["kwargs"]["channels"] for anchor in model.config.anchors] == [[8] * 4, [12] * 4]
+    assert [anchor["pretrained"] for anchor in model.config.anchors] == ["of-8", "of-12"]
+    assert str(tmp_path) not in model.config.to_json_string()
+    model.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "of-8")
+    loaded = StitchableForImageClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(x, stitch_id=0).logits, model(x, stitch_id=0).logits)
 
 
 WIDTHS = {"channels": [8] * 4}
@@ -189,15 +194,11 @@ def test_anchors_alike_but_for_their_weights_keep_their_order(tmp_path) -> None:
 
 @torch.no_grad()
 def test_weights_come_before_all_that_timm_knows(tmp_path) -> None:
-    """Also before those of a timm folder, and of an overlay among the kwargs."""
+    """Also before those of a timm folder."""
     folder = tmp_path / "folder"
     timm.models.save_for_hf(save_resnet(tmp_path / "a.pth", seed=1), folder, model_args=WIDTHS)
-    save_resnet(tmp_path / "b.pth", seed=2)
     source = save_resnet(tmp_path / "c.pth", seed=3)
-    anchors = [
-        {"architecture": f"local-dir:{folder}", "weights": tmp_path / "c.pth"},
-        resnet(tmp_path / "c.pth", pretrained_cfg_overlay={"file": str(tmp_path / "b.pth")}),
-    ]
+    anchors = [{"architecture": f"local-dir:{folder}", "weights": tmp_path / "c.pth"}, resnet(tmp_path / "c.pth")]
     model = from_files(*anchors)
     x = torch.randn(2, 3, 32, 32)
     for index in range(2):

@@ -79,7 +79,7 @@ def test_a_stitch_of_the_wrong_form_is_refused(entry: dict) -> None:
 
 
 def test_a_stitch_survives_json_types() -> None:
-    full = Stitch(5, (Segment(0, 0, 2), Segment(1, 1, 3)), ("0-1.0",), 10, 20, 1.5, {"accuracy": 0.5})
+    full = Stitch(5, (Segment(0, 0, 2), Segment(1, 1, 3)), ("0-1.0",), 10, 20, 1.5, metrics={"accuracy": 0.5})
     assert Stitch.from_dict(full.to_dict()) == full
     assert "latency_ms" not in measured(0, 1).to_dict()
 

@@ -40,9 +40,10 @@ def build_config(
     """The config of a family of timm models, its stitches enumerated and their costs counted.
 
     Args:
-        anchors: timm names, or mappings with `architecture`, `kwargs` for `timm.create_model` and `weights`, a
+        anchors: timm names, or mappings with `architecture`, `kwargs` for its constructor and `weights`, a
             checkpoint file (.safetensors, .pth, .th) to take instead of timm's weights; in any order, the config has
-            them sorted by FLOPs.
+            them sorted by FLOPs. With a name such as "hf-hub:user/name" or "local-dir:folder", timm looks there, and
+            the config has the architecture and kwargs that it finds.
         kernel_size: of the space, like the next five; `stitchable.space.enumerate_stitches` describes them.
         stride: see there.
         stages: see there.
@@ -162,6 +163,7 @@ def load_anchors(
 class _Anchor:
     """An anchor as it was asked for: `cfg` is timm's configuration of its weights, `weights` a file to take instead."""
 
+    asked_for: str  # the name, or where timm is to look for architecture and weights, such as "hf-hub:user/name"
     name: str
     kwargs: dict[str, Any]
     cfg: dict[str, Any]
@@ -183,25 +185,42 @@ class _Anchor:
     @property
     def source(self) -> str | None:
         """Where its weights come from, in words that hold on every machine."""
-        return Path(self.weights).name if self.weights else self.cfg.get("hf_hub_id") or self.cfg.get("tag")
+        file = self.weights or self.cfg.get("file")
+        return Path(file).name if file else self.cfg.get("hf_hub_id") or self.cfg.get("tag")
 
 
 def _read_anchor(anchor: str | Mapping[str, Any], image_size: int | Sequence[int] | None, pretrained: bool) -> _Anchor:
-    name, kwargs, weights = _split(anchor)
+    asked_for, kwargs, weights = _split(anchor)
     if weights and not pretrained:
         raise ValueError(
-            f"anchor {name!r} has weights={weights!r}, but pretrained=False asks for random ones; "
+            f"anchor {asked_for!r} has weights={weights!r}, but pretrained=False asks for random ones; "
             "give pretrained=True, or leave weights out"
         )
+    name, kwargs, cfg = _resolve(asked_for, kwargs)
     with torch.device("meta"):
         model = create_model(name, kwargs, num_classes=None)
     find_adapter(model)  # a family that cannot be stitched is told so before anything else
-    cfg = {**model.pretrained_cfg, "num_classes": model.num_classes}
+    cfg = cfg or {**model.pretrained_cfg, "num_classes": model.num_classes}
     if weights:
         cfg["num_classes"] = _classes_in_file(weights, name, cfg)
     if image_size is not None and cfg.get("fixed_input_size"):
         kwargs.setdefault("img_size", image_size if isinstance(image_size, int) else list(image_size))
-    return _Anchor(name, kwargs, cfg, weights)
+    return _Anchor(asked_for, name, kwargs, cfg, weights)
+
+
+def _resolve(asked_for: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The architecture, kwargs and timm's configuration of what timm finds on the Hub or in a folder.
+
+    A config has what is found there: a checkpoint loads without that place, and reads none.
+    """
+    if not isinstance(asked_for, str) or ":" not in asked_for:
+        return asked_for, kwargs, {}
+    found = timm.models.resolve_model_input_args(asked_for, **kwargs)
+    cfg = found.pop("pretrained_cfg")
+    name = found.pop("model_name")
+    for key in ("pretrained_model_args", "num_classes"):  # what the weights were made with; the cfg says it too
+        found.pop(key, None)
+    return name, found, cfg
 
 
 def _split(anchor: str | Mapping[str, Any]) -> tuple[str, dict[str, Any], str | None]:
@@ -235,20 +254,29 @@ def _classes_in_file(weights: str, name: str, cfg: Mapping[str, Any]) -> int:
 
 
 def _pretrained_model(anchor: _Anchor, num_labels: int | None) -> TimmModel:
-    if anchor.weights is None:
-        return create_model(anchor.name, anchor.kwargs, num_classes=num_labels, pretrained=True)
     if anchor.name in own_architectures():
+        if anchor.weights is None:
+            raise ValueError(f"{anchor.name!r} is no model of timm and has no weights there; give a file of them")
         return _own_model(anchor, num_labels)
+    if anchor.weights is None:
+        try:
+            return timm.create_model(anchor.asked_for, pretrained=True, num_classes=num_labels, **anchor.kwargs)
+        except RuntimeError as error:
+            raise ValueError(f"the weights of {anchor.asked_for!r} cannot be loaded: {_brief(error)}") from error
     overlay = {
-        **(anchor.kwargs.get("pretrained_cfg_overlay") or {}),
         "file": anchor.weights,
         "source": None,  # timm would prefer this and the next to the file
         "state_dict": None,
         "num_classes": anchor.num_classes,  # those of the file, for only then does timm check that all its weights fit
     }
-    kwargs = {**anchor.kwargs, "pretrained_cfg_overlay": overlay}
     try:
-        model = create_model(anchor.name, kwargs, num_classes=anchor.num_classes, pretrained=True)
+        model: TimmModel = timm.create_model(
+            anchor.name,
+            pretrained=True,
+            num_classes=anchor.num_classes,
+            pretrained_cfg_overlay=overlay,
+            **anchor.kwargs,
+        )
     except Exception as error:  # also what timm's conversions of foreign checkpoints stumble over
         raise ValueError(
             f"anchor {anchor.name!r}: the weights {anchor.weights!r} do not fit: {_brief(error.__cause__ or error)}"

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .adapters import ADAPTERS, REFUSED
 from .anchors import Adapter, Chain, Layout, TimmModel  # noqa: F401  # Layout for the files of families
 from .checks import check_chain
+from .routes import check_name
 
 _REGISTERED: dict[type[nn.Module], Adapter | Callable[[TimmModel], Adapter]] = {}
 
@@ -120,6 +122,7 @@ def register_family(
     if not isinstance(input_size, tuple | list) or len(input_size) != 3:
         raise ValueError(f"input_size is (channels, height, width), got {input_size!r}")
     for name in architectures:
+        check_name(name)
         if timm.is_model(name):
             raise ValueError(f"timm has an architecture {name!r} of its own, choose another name")
         other = _OWN[name].model_class if name in _OWN else model_class
@@ -195,8 +198,8 @@ def _resolved(adapter: Adapter | Callable[[TimmModel], Adapter], model: TimmMode
 
 
 def is_known(architecture: str) -> bool:
-    """Whether this process has this architecture, timm's or registered, or timm asks the Hub for it ("hf-hub:...")."""
-    return architecture in _OWN or ":" in architecture or timm.is_model(architecture.split("/")[-1].split(".")[0])
+    """Whether this process has this architecture: registered with timm, or by `register_family`."""
+    return architecture in _OWN or timm.is_model(architecture)
 
 
 def own_architectures() -> dict[str, type[nn.Module]]:
@@ -204,45 +207,80 @@ def own_architectures() -> dict[str, type[nn.Module]]:
     return {name: own.model_class for name, own in _OWN.items()}
 
 
-def create_model(
-    architecture: str, kwargs: Mapping[str, Any] | None = None, *, num_classes: int | None, pretrained: bool = False
-) -> TimmModel:
-    """`timm.create_model`, of registered architectures too, with an error that helps.
+def create_model(architecture: str, kwargs: Mapping[str, Any] | None = None, *, num_classes: int | None) -> TimmModel:
+    """A model with random weights: `timm.create_model`, of registered architectures too, with an error that helps.
+
+    What is asked for may come from a config that nobody vouches for, so nothing is read from a file or the network.
 
     Args:
-        architecture: its name.
-        kwargs: further arguments of the model.
+        architecture: its name, with or without one of timm's tags of pretrained weights.
+        kwargs: further arguments of the model, in JSON types.
         num_classes: None means the architecture's own.
-        pretrained: whether to load timm's weights.
 
     Raises:
-        ValueError: an unknown architecture (the nearest names are suggested), kwargs that are refused, or pretrained
-            weights of an architecture that has none.
+        ValueError: an unknown architecture (the nearest names are suggested), or kwargs that are refused.
     """
-    if not isinstance(architecture, str):
-        raise ValueError(f"an architecture is the name of a timm model, got {architecture!r}")
-    name = architecture.split("/")[-1].split(".")[0]
+    check_name(architecture)
+    kwargs = _checked(architecture, {} if kwargs is None else kwargs)
     if not is_known(architecture):
-        near = difflib.get_close_matches(name, [*timm.list_models(), *_OWN], n=3)
+        near = difflib.get_close_matches(architecture.split(".")[0], [*timm.list_models(), *_OWN], n=3)
         raise ValueError(
             f"timm {timm.__version__} has no model {architecture!r}"
             + (f"; the nearest are {', '.join(near)}" if near else "; timm.list_models() lists them all")
         )
     # Most of the time of building a model on the meta device would go into initialising what has no values.
     without_values = _NoValues() if torch.get_default_device().type == "meta" else nullcontext()
+    own = _OWN.get(architecture)
     try:
         with without_values:
-            if architecture in _OWN:
-                if pretrained:
-                    raise ValueError(
-                        f"{architecture!r} is no model of timm and has no weights there; give a file of them"
-                    )
-                return _OWN[architecture].create(kwargs or {}, num_classes)
-            return timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, **(kwargs or {}))
-    except (TypeError, AssertionError, RuntimeError) as error:
-        given = {**(_OWN[architecture].kwargs if architecture in _OWN else {}), **(kwargs or {})}
+            return own.create(kwargs, num_classes) if own else _create(architecture, kwargs, num_classes)
+    except Exception as error:  # constructors have many ways to say that they cannot work with their arguments
+        given = {**(own.kwargs if own else {}), **kwargs}
         reason = str(error) or "an assertion of timm fails"
         raise ValueError(f"{architecture!r} cannot be made with {given}: {reason}") from error
+
+
+def _create(architecture: str, kwargs: Mapping[str, Any], num_classes: int | None) -> TimmModel:
+    return timm.create_model(architecture, pretrained=False, num_classes=num_classes, **kwargs)
+
+
+# What timm's functions take for themselves before the constructor of a model gets the rest: files and addresses of
+# weights, and what else can be made of a model.
+_NOT_OF_A_MODEL = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(timm.models.build_model_with_cfg).parameters,
+    *("pruned", "features_only", "out_indices", "feature_cls", "num_classes", "device", "dtype"),
+}
+
+
+def _checked(architecture: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the further arguments of a model.
+
+    Raises:
+        ValueError: an argument that is none of a model's constructor, or a value that JSON does not have.
+    """
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise ValueError(f"the kwargs of {architecture!r} must be arguments of the model by name, got {kwargs!r}")
+    for name in sorted(_NOT_OF_A_MODEL & set(kwargs)):
+        raise ValueError(
+            f"the kwargs of {architecture!r} cannot hold {name!r}: they are arguments of the model's constructor; "
+            "weights from a file are given as `weights` to from_anchors"
+        )
+    for name, value in kwargs.items():
+        if not _is_json(value):
+            raise ValueError(
+                f"the kwargs of {architecture!r} are kept in config.json, but {name} is {value!r}; give a finite "
+                "number, text, None, or a list or mapping of them"
+            )
+    return dict(kwargs)
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_json(member) for key, member in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 class _NoValues(TorchDispatchMode):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .routes import AnchorShape, Stitch, check_stitches, find_stitch, restrict
+from .routes import AnchorShape, Stitch, check_name, check_stitches, find_stitch, restrict
 
 STITCHABLE_VERSION = "0.1.0"
 
@@ -25,10 +25,9 @@ class StitchableConfig(PreTrainedConfig):
     model that no stitch uses are not built: a config with one stitch describes that stitch's network alone.
 
     Args:
-        anchors: one entry per anchor, smallest first: `architecture` (a timm name), `kwargs` (for
-            `timm.create_model`), `pretrained` (which weights it started from, or None), `depth` in blocks, `stages`
-            (blocks per stage), `cuts` ([channels, height, width] at cut 0..depth), `layout`, `prefix_tokens` and
-            `prefix_names`.
+        anchors: one entry per anchor, smallest first: `architecture` (a timm name), `kwargs` (of its constructor),
+            `pretrained` (which weights it started from, or None), `depth` in blocks, `stages` (blocks per stage),
+            `cuts` ([channels, height, width] at cut 0..depth), `layout`, `prefix_tokens` and `prefix_names`.
         stitches: one entry per stitch: `id`, `route` ([anchor, start, stop] per segment), `layers` (the stitching
             layers between the segments), `flops` (multiply-adds plus normalisation terms per image), `params`, and once
             measured `latency_ms` and `metrics`.
@@ -44,10 +43,12 @@ class StitchableConfig(PreTrainedConfig):
         families: files of models that are not timm's, which the checkpoint brings along.
         num_labels_of_costs: number of labels that `flops` and `params` were counted with.
         stitchable_version: the version that wrote this config.
-        kwargs: as in any `PreTrainedConfig`, `num_labels`, `id2label` and `label2id` among them.
+        kwargs: as in any `PreTrainedConfig`, `num_labels`, `id2label` and `label2id` among them. An `auto_map` is
+            ignored: it names the classes of this code, whatever a file says.
 
     Raises:
-        ValueError: routes that do not fit the anchors, a default stitch that does not exist, anchors that are none.
+        ValueError: routes that do not fit the anchors, a default stitch that does not exist, anchors that are none,
+            names that are paths or markup.
     """
 
     model_type = "stitchable"
@@ -82,8 +83,9 @@ class StitchableConfig(PreTrainedConfig):
         self.families = list(families)
         self.num_labels_of_costs = num_labels_of_costs
         self.stitchable_version = stitchable_version
-        # One class registers one auto class (hub_facts); a checkpoint needs all three.
-        kwargs.setdefault("auto_map", dict(_AUTO_MAP))
+        # Always ours: what a config that was read says would be saved again, and run where that is trusted.
+        kwargs["auto_map"] = dict(_AUTO_MAP)
+        kwargs.pop("custom_pipelines", None)
         super().__init__(**kwargs)
         # transformers makes an empty config to find what differs from the defaults.
         if self.anchors or self.stitches:
@@ -122,7 +124,13 @@ class StitchableConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         shapes = [AnchorShape.from_dict(anchor) for anchor in self.anchors]
+        for anchor in self.anchors:
+            check_name(anchor["architecture"])
+        for file in self.families:
+            if not isinstance(file, str) or not (file.endswith(".py") and file[:-3].isidentifier()):
+                raise ValueError(f"families are Python files beside the config, such as 'my_net.py', got {file!r}")
         stitches = [Stitch.from_dict(stitch) for stitch in self.stitches]
+        self.stitches = [stitch.to_dict() for stitch in stitches]
         if self.resize not in (None, "bilinear"):
             raise ValueError(f"resize is 'bilinear' or None, got {self.resize!r}")
         check_stitches(stitches, [shape.depth for shape in shapes])

@@ -48,6 +48,8 @@ logger = logging.get_logger(__name__)
 _ARGUMENTS = ("pixel_values", "labels", "stitch_id", "output_hidden_states", "output_attentions", "return_dict")
 # Arguments of from_pretrained that say where and how to look for files.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+# Those that say where, and are no secret (an address of a proxy may hold a password).
+_KEPT_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder")
 # Those of push_to_hub, which save_pretrained(..., push_to_hub=True) takes too.
 _PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
@@ -87,7 +89,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         find_stitch(self._stitches, config.stitch_id)  # again, because a config can be changed after it was checked
         self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
         self.gradient_checkpointing = False
-        self.hub_arguments: dict[str, Any] = {}  # how from_pretrained looked for `name_or_path`
+        self.hub_arguments: dict[str, Any] = {}  # where from_pretrained looked for `name_or_path`
         self._plans = {stitch.id: _plan(stitch) for stitch in self.stitches}
         self.chains: dict[int, Chain] = {}  # of the anchors that some stitch uses
         self.anchors = nn.ModuleList(self._build_anchor(index) for index in range(len(config.anchors)))
@@ -166,6 +168,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def record(self, stitch_id: int, **figures: Any) -> Stitch:
         """Write figures into the stitch table (`flops`, `params`, `latency_ms`, `memory_mb`, `metrics`); the new entry.
 
+        A figure that is infinite or NaN, such as the loss of a diverged stitch, is left out with a warning.
+
         Raises:
             ValueError: an unknown stitch or figure.
         """
@@ -176,6 +180,11 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 f"a stitch has no figure {sorted(set(figures) - known)}; it has {', '.join(sorted(known))}"
             )
         recorded = replace(stitch, **figures)
+        given = {**figures, **figures.get("metrics", {})}
+        kept = {**recorded.to_dict(), **recorded.metrics, "metrics": {}}
+        lost = [name for name, value in given.items() if value is not None and name not in kept]
+        if lost:
+            logger.warning(f"stitch {stitch.id}: {', '.join(lost)} is not finite and is not recorded")
         index = self._stitches.index(stitch)
         self._stitches = Stitches((*self._stitches[:index], recorded, *self._stitches[index + 1 :]))
         self.config.stitches[index] = recorded.to_dict()
@@ -479,7 +488,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
             args: as in any `PreTrainedModel`.
             kwargs: `stitch_id` keeps this stitch alone, `max_flops` every stitch up to that cost (FLOPs per image);
                 only their weights are downloaded and read, only their modules are built. Others as in any
-                `PreTrainedModel`.
+                `PreTrainedModel`. A `token` serves this call and is kept nowhere: what looks for a file of the
+                checkpoint later takes the stored one (`hf auth login`, HF_TOKEN), or its own argument.
 
         Raises:
             ValueError: no such stitch, or weights that are another model's.
@@ -526,7 +536,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             loaded = super().from_pretrained(None, *args, config=config, state_dict=read_weights(files), **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = os.fspath(source)
-        model.hub_arguments = {name: value for name, value in hub.items() if name != "force_download"}
+        model.hub_arguments = {name: value for name, value in hub.items() if name in _KEPT_ARGUMENTS}
         return loaded
 
     def _check_saveable(self, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -603,7 +613,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         """A stitchable model of timm models, with timm's weights. Needs the installed package.
 
         Args:
-            anchors: timm names, or mappings with `architecture`, `kwargs` for `timm.create_model` and `weights`, a
+            anchors: timm names, or mappings with `architecture`, `kwargs` for its constructor and `weights`, a
                 checkpoint file (.safetensors, .pth, .th) to load instead of timm's weights; in any order.
             pretrained: whether to load weights: an anchor's `weights`, or timm's (from the Hub); random ones otherwise.
             settings: as in `StitchableConfig.from_anchors`. With a `num_labels` that is not the anchors' own, the
@@ -625,9 +635,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if not parts:
             return nn.Identity()
         entry, shape = self.config.anchors[index], self._shapes[index]
-        model = create_model(
-            entry["architecture"], entry.get("kwargs"), num_classes=self.config.num_labels, pretrained=False
-        )
+        model = create_model(entry["architecture"], entry.get("kwargs"), num_classes=self.config.num_labels)
         chain = describe(model)
         actual = (chain.stages, chain.layout.value, chain.prefix_tokens)
         stated = (shape.stages, shape.layout, shape.prefix_tokens)

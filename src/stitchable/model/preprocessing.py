@@ -25,7 +25,7 @@ def image_processor(
     Raises:
         ValueError: a crop_pct out of (0, 1].
     """
-    timm_cfg = timm.get_pretrained_cfg(config.anchors[-1]["architecture"].split("/")[-1], allow_unregistered=True)
+    timm_cfg = timm.get_pretrained_cfg(config.anchors[-1]["architecture"], allow_unregistered=True)
     crop_pct = (timm_cfg.crop_pct if timm_cfg else 1.0) if crop_pct is None else crop_pct
     interpolation = interpolation or (timm_cfg.interpolation if timm_cfg else "bicubic")
     if not 0 < crop_pct <= 1:

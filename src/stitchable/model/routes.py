@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 _NUMBER = r"(0|[1-9]\d*)"
 _SHOWN = 4  # stitches at either end of a long list
+_FIGURES = ("flops", "params", "latency_ms", "memory_mb")
+_ARCHITECTURE = re.compile(r"[\w.-]+")
 _LAYER_NAME = re.compile(rf"{_NUMBER}-{_NUMBER}\.{_NUMBER}")
 
 
@@ -152,7 +154,8 @@ class Stitch:
         latency_ms: predicted milliseconds of one call, None until calibrated.
         memory_mb: predicted peak of memory of one call, in 10^6 bytes, the weights of this stitch alone included; None
             until calibrated.
-        metrics: measured figures, e.g. {"accuracy": 0.97}; empty until evaluated.
+        metrics: measured figures, e.g. {"accuracy": 0.97}; empty until evaluated. No figure is infinite or NaN: where a
+            config or a measurement has such a one, it is left out.
         skips_neck: whether the head takes the features of the last block as they are, without the back anchor's final
             norm. Only weights that were trained so want it: the authors' DeiT stitches.
     """
@@ -166,6 +169,14 @@ class Stitch:
     memory_mb: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     skips_neck: bool = False
+
+    def __post_init__(self) -> None:
+        """Leave out what is not finite: JSON has no such numbers, and no stitch could be chosen by them."""
+        for name in _FIGURES:
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
+                object.__setattr__(self, name, None)
+        metrics = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+        object.__setattr__(self, "metrics", metrics)
 
     @property
     def is_anchor(self) -> bool:
@@ -190,7 +201,7 @@ class Stitch:
         }
         if self.skips_neck:
             known["skips_neck"] = True
-        for name in ("flops", "params", "latency_ms", "memory_mb"):
+        for name in _FIGURES:
             if getattr(self, name) is not None:
                 known[name] = getattr(self, name)
         if self.metrics:
@@ -202,7 +213,8 @@ class Stitch:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: an unknown key, no id or route, or a segment that is not three integers.
+            ValueError: an unknown key, no id or route, a segment that is not three integers, or a figure that is no
+                number.
         """
         unknown = set(stitch) - set(cls.__dataclass_fields__)
         if unknown or "id" not in stitch or "route" not in stitch:
@@ -216,6 +228,12 @@ class Stitch:
         for segment in route:
             if len(segment) != 3 or not all(type(number) is int for number in segment):
                 raise ValueError(f"stitch {stitch['id']}: segment {segment} is not [anchor, start, stop] in integers")
+        figures, metrics = {name: stitch.get(name) for name in _FIGURES}, stitch.get("metrics", {})
+        if not isinstance(metrics, Mapping):
+            raise ValueError(f"stitch {stitch['id']}: the metrics must be figures by name, got {metrics!r}")
+        for name, figure in {**figures, **metrics}.items():
+            if not _is_number(figure) and (figure is not None or name in metrics):
+                raise ValueError(f"stitch {stitch['id']}: {name} must be a number, got {figure!r}")
         segments = tuple(Segment(*segment) for segment in route)
         return cls(**{**stitch, "route": segments, "layers": tuple(layers)})
 
@@ -236,6 +254,19 @@ class Stitches(tuple[Stitch, ...]):
 def layer_name(front: int, back: int, index: int) -> str:
     """The name of the index-th stitching layer from anchor `front` to anchor `back`."""
     return f"{front}-{back}.{index}"
+
+
+def check_name(architecture: Any) -> None:
+    """Refuse what cannot be the name of an architecture, such as a path, an address or text that is markup elsewhere.
+
+    Raises:
+        ValueError: it has more than letters, digits, "_", "-" and ".".
+    """
+    if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):
+        raise ValueError(
+            f"an architecture is named by letters, digits, '_', '-' and '.', as timm names its models; got "
+            f"{architecture!r}"
+        )
 
 
 def check_stitches(stitches: Sequence[Stitch], depths: Sequence[int]) -> None:
@@ -419,6 +450,10 @@ def _listed(ids: Sequence[int]) -> str:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
 
 
 def check_integer(value: Any, name: str) -> int:

@@ -102,7 +102,7 @@ def work(steps: int, rounds: int, result: Path) -> None:
             if number >= 0:
                 seconds[way].append((time.perf_counter() - started) / steps)
     if accelerator.is_main_process:
-        result.write_text(json.dumps(seconds), encoding="utf-8")
+        result.write_text(json.dumps(seconds, allow_nan=False), encoding="utf-8")
     accelerator.end_training()
 
 

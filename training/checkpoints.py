@@ -59,7 +59,7 @@ class Checkpoints:
             accelerator.save_state(str(partial))
             if accelerator.is_main_process:
                 progress = {"phase": phase, "step": step, "results": results}
-                (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+                (partial / "progress.json").write_text(json.dumps(progress, allow_nan=False), encoding="utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunStopped(f"{target} cannot be written: {error}. {self.how_to_resume()}") from error

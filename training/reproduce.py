@@ -191,7 +191,7 @@ class Runner:
             runs = self.results["runs"]
             self.results["runs"] = {name: runs[name] for name in self.study.variants if name in runs}
             RESULTS.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.results, indent=None) + "\n", encoding="utf-8")
+            self.path.write_text(json.dumps(self.results, indent=None, allow_nan=False) + "\n", encoding="utf-8")
 
     def crop(self, anchor: int, output: Path) -> dict[str, Any]:
         """FLOPs and accuracy of an anchor with some of its blocks left out."""
@@ -215,7 +215,7 @@ class Runner:
         resume = ["--resume"] if (Path(f"{output}-run") / "recipe.yaml").exists() else []
         output.parent.mkdir(parents=True, exist_ok=True)
         if not resume:  # now, because the working tree may have changed when the run ends
-            Path(f"{output}.provenance.json").write_text(json.dumps(provenance()), encoding="utf-8")
+            Path(f"{output}.provenance.json").write_text(json.dumps(provenance(), allow_nan=False), encoding="utf-8")
         print(" ".join(command), flush=True)
         with Path(f"{output}.log").open("a", encoding="utf-8") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}

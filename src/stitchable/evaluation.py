@@ -49,7 +49,8 @@ def evaluate(
             every half minute and removed at the end.
 
     Returns:
-        For each stitch id {"accuracy": top-1 in 0..1, "top5_accuracy": 0..1, "loss": mean cross entropy}.
+        For each stitch id {"accuracy": top-1 in 0..1, "top5_accuracy": 0..1, "loss": mean cross entropy}, as it is in
+        the stitch table: a loss that is not finite is left out.
 
     Raises:
         ValueError: no stitch or an unknown one, no data, batches without images or class numbers, labels that are none
@@ -77,7 +78,9 @@ def evaluate(
                 partial.save(rows)
     measured = compute_figures(_counted(rows, batches), ids)
     for stitch_id, metrics in measured.items():
-        model.record(stitch_id, metrics={**find_stitch(model.stitches, stitch_id).metrics, **metrics})
+        known = find_stitch(model.stitches, stitch_id).metrics
+        recorded = model.record(stitch_id, metrics={**known, **metrics}).metrics
+        measured[stitch_id] = {name: recorded[name] for name in metrics if name in recorded}
     if partial and is_main:
         partial.path.unlink(missing_ok=True)
     return measured

@@ -89,7 +89,7 @@ def _write(
             graph = _to_onnx(model, stitch, opset)
             for initializer in graph.graph.initializer:
                 _share(onnx, initializer, weights, places)
-            for key, value in {**metadata, "stitch": json.dumps(stitch.to_dict())}.items():
+            for key, value in {**metadata, "stitch": json.dumps(stitch.to_dict(), allow_nan=False)}.items():
                 graph.metadata_props.add(key=key, value=value)
             path = folder / f"stitch-{stitch_id}.onnx"
             onnx.save(graph, path)
@@ -121,8 +121,10 @@ def export_program(
     if path.exists():
         raise ValueError(f"{path} exists; choose another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {**metadata_of(model, processor), "stitch": json.dumps(stitch.to_dict())}
-    torch.export.save(_exported(model, stitch), path, extra_files={"metadata.json": json.dumps(metadata)})
+    metadata = {**metadata_of(model, processor), "stitch": json.dumps(stitch.to_dict(), allow_nan=False)}
+    torch.export.save(
+        _exported(model, stitch), path, extra_files={"metadata.json": json.dumps(metadata, allow_nan=False)}
+    )
     return path
 
 
@@ -143,7 +145,7 @@ def metadata_of(model: StitchableForImageClassification, processor: BaseImagePro
     names = [name for step, members in steps.items() if settings.get(step) for name in members]
     labels = [label for _, label in sorted((model.config.id2label or {}).items(), key=lambda item: int(item[0]))]
     return {
-        "preprocessing": json.dumps({name: settings[name] for name in names}),
+        "preprocessing": json.dumps({name: settings[name] for name in names}, allow_nan=False),
         "labels": json.dumps(labels),
         "stitchable_version": model.config.stitchable_version,
     }

@@ -152,7 +152,7 @@ def table(
     if not chosen:
         raise ValueError(f"no stitch of {model} has a measured accuracy; stitchable eval measures them")
     if as_json:
-        typer.echo(json.dumps([stitch.to_dict() for stitch in chosen], indent=1))
+        typer.echo(json.dumps([stitch.to_dict() for stitch in chosen], indent=1, allow_nan=False))
     else:
         typer.echo(stitch_table(chosen, short_names(config)))
 
@@ -196,6 +196,7 @@ def eval(  # the name of the command
     from stitchable.publishing import processor_of, update_repository
 
     model = _to(_load(folder, trust_remote_code), device)
+    known = Card.of(model.config, "")  # refuses facts that are none before anything is measured
     batches = _read(
         data,
         processor_of(model),
@@ -208,13 +209,12 @@ def eval(  # the name of the command
     )
     measured = evaluate(model, batches, _numbers(stitches, "--stitches"))
     dataset = Path(data).name if Path(data).is_dir() else data
-    known = Card.of(model.config, "")
     if (known.dataset, known.split) != (dataset, split or ""):
         for stitch in model.stitches:  # what was measured on other data does not stand beside it
             model.record(stitch.id, metrics=measured.get(stitch.id, {}))
-    update_repository(model, folder, dataset=dataset, split=split or "", trust_remote_code=trust_remote_code)
+    update_repository(model, folder, dataset=dataset, split=split or "")
     if as_json:
-        typer.echo(json.dumps(measured, indent=1))
+        typer.echo(json.dumps(measured, indent=1, allow_nan=False))
     else:
         _print_table(model)
 
@@ -251,9 +251,9 @@ def calibrate(
     for stitch in running.stitches:  # the folder keeps the data type of its weights
         model.record(stitch.id, latency_ms=stitch.latency_ms, memory_mb=stitch.memory_mb)
     model.config.latency = result
-    update_repository(model, folder, trust_remote_code=trust_remote_code)
+    update_repository(model, folder)
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        typer.echo(json.dumps(result, indent=1, allow_nan=False))
     else:
         _print_table(model)
         typer.echo(f"predicted for {result['device']}, {result['dtype']}, batches of {batch_size}")

@@ -1,7 +1,10 @@
 """A folder that is a complete Hub repository, loaded by people who do not have stitchable."""
 
+import ast
+import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +19,15 @@ from transformers import AutoImageProcessor
 
 from families import SHIPPED, images, make
 from processes import run_python
-from stitchable import evaluate
+from stitchable import StitchableForImageClassification, evaluate
 from stitchable.card import (
     KEPT_BELOW,
-    OUTPUT,
     Card,
-    SnippetError,
     eval_results_files,
     merge_cards,
     short_names,
     stitch_table,
-    try_out,
+    what_it_prints,
 )
 from stitchable.processing import image_processor
 from stitchable.publishing import save_repository
@@ -145,23 +146,48 @@ def test_a_model_that_was_not_measured_has_a_card_that_says_so(tmp_path) -> None
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
 
 
-def test_the_snippet_of_the_card_is_run_and_its_output_is_in_the_card(tmp_path) -> None:
-    model, _ = published("vit", tmp_path / "hub")
-    before = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
-    output = try_out(tmp_path / "hub")
-    middle = sorted((stitch for stitch in model.stitches if stitch.is_anchor), key=lambda stitch: stitch.flops)[1]
-    stitch = model.for_budget(middle.flops)
-    first, second, third = output.splitlines()
-    assert first == f"stitch {stitch.id}: {stitch.flops:,} FLOPs, {stitch.params:,} parameters"
-    assert "'label': 'class " in second
-    assert third.startswith(f"{stitch.params:,} of {model.num_parameters():,} parameters")
-    after = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
-    assert f"```text\n{output}```" in after
-    assert after.replace(f"For [sample.png](sample.png) it prints\n\n```text\n{output}```", OUTPUT) == before
-    broken = re.sub(r"```python\n.*?```", "```python\nprint(1 / 0)\n```", before, count=1, flags=re.DOTALL)
-    (tmp_path / "hub" / "README.md").write_text(broken, encoding="utf-8")
-    with pytest.raises(SnippetError, match=r"(?s)the snippet of .*README.md fails: .*ZeroDivisionError"):
-        try_out(tmp_path / "hub")
+def snippet_of(folder: Path) -> str:
+    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+
+
+def test_the_card_says_what_its_snippet_prints(tmp_path) -> None:
+    """Computed in this process: here the snippet is run as its reader would, and says the same."""
+    name = tmp_path / 'a "tiny" model'
+    model, _ = published("vit", name)
+    model.set_stitch(4)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    printed = what_it_prints(model, name)
+    assert f"it prints\n\n```text\n{printed}```\n" in (name / "README.md").read_text()
+    code = snippet_of(name).replace(json.dumps("tiny-vit"), json.dumps(str(name)))
+    shutil.copy(name / "sample.png", tmp_path / "image.png")
+    without_package = "import sys\nsys.modules['stitchable'] = None\n"
+    output = run_python(without_package + code, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    (first, answer, last), theirs = printed.splitlines(), output.splitlines()
+    assert [first, last] == [theirs[0], theirs[2]]
+    (ours,), (expected,) = ast.literal_eval(answer), ast.literal_eval(theirs[1])
+    assert ours == {"label": expected["label"], "score": pytest.approx(expected["score"], abs=1e-6)}
+    # The model is as it was.
+    assert (model.stitch.id, model.training, model.device.type) == (4, True, "cpu")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("what", ["no FLOPs", "grey images"])
+def test_where_the_snippet_has_no_answer_the_card_gives_none(what: str, tmp_path) -> None:
+    kwargs = {
+        "img_size": 32,
+        "patch_size": 8,
+        "depth": 2,
+        "num_heads": 2,
+        "in_chans": 1 if what == "grey images" else 3,
+    }
+    anchors = [{"architecture": "vit_tiny_patch16_224", "kwargs": {**kwargs, "embed_dim": width}} for width in (8, 12)]
+    model = StitchableForImageClassification.from_anchors(anchors, pretrained=False, num_labels=3)
+    if what == "no FLOPs":
+        for stitch in model.stitches:
+            model.record(stitch.id, flops=None)
+    save_repository(model, tmp_path / "model", image_processor(model.config), Card("tiny"))
+    assert "it prints" not in (tmp_path / "model" / "README.md").read_text()
 
 
 OURS = f'---\nmodel_name: tiny\ntags:\n- a\n---\n\n# tiny\n\nload("tiny") for `tiny`\n\n{KEPT_BELOW}\n'

@@ -41,7 +41,7 @@ from recipe import Recipe, Schedule, load_recipe
 from sampling import StitchSampler
 from sources import DataError, Images, Splits, decode, load_data
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
-from stitchable.card import Card, SnippetError, try_out
+from stitchable.card import Card, what_it_prints
 from stitchable.evaluation import weights_digest
 from stitchable.publishing import check_new_folder, save_repository
 from stitchable.throughput import measure_throughput
@@ -59,13 +59,11 @@ def main() -> None:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         start_processes()
-        run(recipe, resume=arguments.resume)
+        model = run(recipe, resume=arguments.resume)
         if PartialState().is_main_process:
-            print(f"the snippet of {recipe.output}/README.md prints\n{try_out(recipe.output)}", end="")
+            print(f"the snippet of {recipe.output}/README.md prints\n{what_it_prints(model, recipe.output)}", end="")
     except (ValueError, RunStopped, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
-    except SnippetError as error:
-        sys.exit(f"error: {recipe.output} is finished, but {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; --resume goes on from the last checkpoint")
 
@@ -252,15 +250,14 @@ class _Run:
                 self.model, self.test_loader, stitch_ids, accelerator=self.accelerator, checkpoint=partial
             )
             if self.accelerator.is_main_process:
-                known.write_text(json.dumps({"weights": weights, "figures": measured}), encoding="utf-8")
+                known.write_text(json.dumps({"weights": weights, "figures": measured}, allow_nan=False))
         else:
             for stitch_id, metrics in measured.items():
                 self.model.record(stitch_id, metrics=metrics)
         self.results[stage] = measured
         if self.accelerator.is_main_process:
-            (self.recipe.run_folder / "results.json").write_text(
-                json.dumps(self.results, indent=1) + "\n", encoding="utf-8"
-            )
+            results = json.dumps(self.results, indent=1, allow_nan=False)
+            (self.recipe.run_folder / "results.json").write_text(results + "\n")
         return measured
 
     def _known_figures(self, path: Path, weights: str | None) -> Metrics | None:

@@ -236,8 +236,7 @@ def main() -> None:
     try:
         if not source:
             raise ValueError("the variable STITCHABLE_MODEL must be the id of a stitchable model")
-        # Whoever set the variable chose the model with its code.
-        model: Any = StitchableForImageClassification.from_pretrained(source, trust_remote_code=True)
+        model: Any = StitchableForImageClassification.from_pretrained(source)
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
         pictures = pictures_of(model, images if images.is_dir() else None)

@@ -1,29 +1,27 @@
 """The model card: metadata, tables of all stitches, how the model was made, and a snippet with what it printed."""
 
+import html
 import json
-import os
+import math
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from transformers import AutoImageProcessor, pipeline
 
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
-from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
-from stitchable.model.routes import Stitch, pareto_front
+from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
+from stitchable.model.routes import Stitch, best_within, pareto_front
 from stitchable.plots import flops_unit, route_in_words
 
 CARD = "README.md"
 FIGURE = "accuracy_flops.png"
 SAMPLE = "sample.png"
-OUTPUT = "<!-- What the snippet prints comes here. -->"
 KEPT_BELOW = "<!-- What stands below this line is kept when the card is written anew. -->"
 
 
@@ -38,6 +36,9 @@ class Card:
         license: an identifier as the Hub writes it; None where nobody has said so.
         recipe: the settings it was trained with, as text; printed in full. Empty for a model that was not trained.
         accuracy_before: accuracy of the anchors, by stitch id, before they were trained together.
+
+    Raises:
+        ValueError: a name with line breaks or other characters that cannot be seen, or a field of another type.
     """
 
     name: str
@@ -47,6 +48,17 @@ class Card:
     recipe: str = ""
     accuracy_before: Mapping[int, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Check what may come from a file."""
+        for name in ("name", "dataset", "split", "license"):
+            value = getattr(self, name)
+            if not is_plain(value) and not (name == "license" and value is None):
+                raise ValueError(f"the {name} of a card is one line of text that can be seen, got {value!r}")
+        if not isinstance(self.recipe, str):
+            raise ValueError(f"the recipe of a card is text, got {self.recipe!r}")
+        before = {int(anchor): float(value) for anchor, value in dict(self.accuracy_before).items()}
+        self.accuracy_before = {anchor: value for anchor, value in before.items() if math.isfinite(value)}
+
     def store(self, config: StitchableConfig) -> None:
         """Put all but the name into a config, in JSON types."""
         facts = {key: value for key, value in asdict(self).items() if key != "name"}
@@ -54,53 +66,78 @@ class Card:
 
     @classmethod
     def of(cls, config: StitchableConfig, name: str) -> "Card":
-        """The inverse of `store`; what the config does not know is left empty."""
+        """The inverse of `store`; what the config does not know is left empty.
+
+        Raises:
+            ValueError: a config whose facts are none.
+        """
         known = {entry.name for entry in fields(cls)} - {"name"}
-        facts = {key: value for key, value in (getattr(config, "card", None) or {}).items() if key in known}
-        before = {int(i): value for i, value in facts.pop("accuracy_before", {}).items()}
-        return cls(name, **facts, accuracy_before=before)
+        facts = getattr(config, "card", None) or {}
+        if not isinstance(facts, Mapping):
+            raise ValueError(f"the config has no facts for a card: they go by name, got {facts!r}")
+        try:
+            return cls(name, **{key: facts[key] for key in known & set(facts)})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the config has no facts for a card: {error}") from error
 
 
-class SnippetError(RuntimeError):
-    """The snippet of a card fails."""
+def is_plain(text: Any) -> bool:
+    """Whether it is text on one line, all of which can be seen."""
+    return isinstance(text, str) and text.isprintable()
 
 
-def make_card(model: StitchablePreTrainedModel, card: Card) -> ModelCard:
-    """The model card, with a Markdown table of all stitches and their figures in the metadata."""
+def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") -> ModelCard:
+    """The model card, with a Markdown table of all stitches and their figures in the metadata.
+
+    Args:
+        model: with the figures of its stitches.
+        card: what else it says.
+        output: what the snippet prints, as `what_it_prints` returns it.
+
+    Raises:
+        ValueError: something that it should say is the mark below which the text of a card is kept.
+    """
     stitches, names = model.stitches, short_names(model.config)
     measured = [stitch for stitch in stitches if "accuracy" in stitch.metrics]
-    anchors = [stitch for stitch in stitches if stitch.is_anchor]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["stitchable", "image-classification", "timm"],
         license=card.license,
         datasets=[card.dataset] if _is_on_hub(card.dataset) else None,
-        base_model=[e["pretrained"] for e in model.config.anchors if _is_on_hub(e.get("pretrained") or "")] or None,
+        base_model=[e["pretrained"] for e in model.config.anchors if _is_on_hub(e.get("pretrained"))] or None,
         model_name=card.name,
         eval_results=[_eval_result(stitch, card.dataset) for stitch in measured] or None,
     )
-    return ModelCard.from_template(
+    dataset = (card.dataset or "unnamed data") + (f" ({card.split} split)" if card.split else "")
+    made = ModelCard.from_template(
         data,
         template_path=str(_template()),
-        name=card.name,
-        dataset=(card.dataset or "unnamed data") + (f" ({card.split} split)" if card.split else ""),
+        title=in_markdown(card.name),
+        name=as_code(card.name),
+        quoted_name=json.dumps(card.name, ensure_ascii=False),
+        dataset=in_markdown(dataset),
         figure=FIGURE if measured else None,
         num_stitches=len(stitches),
         anchors=[
-            {"name": name, "architecture": entry["architecture"], "kwargs": json.dumps(entry["kwargs"], sort_keys=True)}
+            {
+                "name": in_markdown(name),
+                "architecture": as_code(entry["architecture"]),
+                "kwargs": as_code(json.dumps(entry["kwargs"], sort_keys=True)) if entry.get("kwargs") else "",
+            }
             for name, entry in zip(names, model.config.anchors, strict=True)
         ],
         table=stitch_table(stitches, names),
         front=stitch_table(pareto_front(stitches), names),
-        budget=_middle(anchors or stitches).flops,
-        output=OUTPUT,
+        budget=_budget(stitches),
+        sample=SAMPLE,
+        output=as_block(output, "text") if output else "",
         kept_below=KEPT_BELOW,
-        recipe=card.recipe,
-        throughput=getattr(model.config, "throughput", None),
-        latency=getattr(model.config, "latency", None),
+        recipe=as_block(card.recipe, "yaml") if card.recipe else "",
+        throughput=_circumstances(model.config, "throughput"),
+        latency=_circumstances(model.config, "latency"),
         before=[
-            {"name": names[anchor], "before": f"{100 * accuracy:.2f}", "after": f"{100 * after:.2f}"}
+            {"name": in_markdown(names[anchor]), "before": f"{100 * accuracy:.2f}", "after": f"{100 * after:.2f}"}
             for anchor, accuracy in card.accuracy_before.items()
             for after in (_accuracy(stitches, anchor),)
             if after is not None
@@ -112,41 +149,57 @@ def make_card(model: StitchablePreTrainedModel, card: Card) -> ModelCard:
             ]
         ),
     )
+    if made.text.count(KEPT_BELOW) != 1:
+        raise ValueError(f"a card cannot quote {KEPT_BELOW!r}, which ends what is written anew")
+    return made
 
 
-def try_out(folder: str | Path) -> str:
-    """Run the snippet of the card in a folder as its reader would; put what it prints into the card and return it.
-
-    It runs in a fresh process, offline, without stitchable, on the sample image of the folder.
+def what_it_prints(model: StitchablePreTrainedModel, folder: str | Path) -> str:
+    """What the snippet of the card prints for the sample image of a folder, computed without running any text of it.
 
     Args:
-        folder: as `save_repository` leaves it.
+        model: with the figures of its stitches; nothing of it changes.
+        folder: a checkpoint of it, with image processor and sample image.
 
-    Raises:
-        SnippetError: it fails; with the end of what it said.
+    Returns:
+        The lines; none where the snippet has no answer: no budget can choose a stitch, since nobody counted the FLOPs,
+        or the model takes no RGB images.
     """
-    path = Path(folder) / CARD
-    text, name = path.read_text(encoding="utf-8"), ModelCard.load(path).data.model_name
-    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert snippet is not None  # of our own template
-    code = snippet[1].replace(f'"{name}"', repr(str(path.parent.resolve())))
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    with tempfile.TemporaryDirectory() as scratch:
-        shutil.copy(path.with_name(SAMPLE), Path(scratch) / "image.png")
-        result = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", f"import sys\nsys.modules['stitchable'] = None\n{code}"],
-            env={**os.environ, **quiet, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if result.returncode:
-        raise SnippetError(f"the snippet of {path} fails: {result.stderr[-1000:]}")
-    path.write_text(
-        text.replace(OUTPUT, f"For [{SAMPLE}]({SAMPLE}) it prints\n\n```text\n{result.stdout}```"), encoding="utf-8"
+    folder, budget = Path(folder), _budget(model.stitches)
+    if budget is None or model.config.num_channels != 3:
+        return ""
+    stitch = best_within(model.stitches, flops=budget)
+    small = StitchableForImageClassification.from_pretrained(folder, stitch_id=stitch.id)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    classify = pipeline("image-classification", model=small, image_processor=processor, device="cpu")
+    return (
+        f"stitch {stitch.id}: {stitch.flops:,} FLOPs, {stitch.params:,} parameters\n"
+        f"{classify(str(folder / SAMPLE), top_k=1)}\n"
+        f"{small.num_parameters():,} of {model.num_parameters():,} parameters are loaded for this stitch alone\n"
     )
-    return result.stdout
+
+
+def in_markdown(text: Any) -> str:
+    """Text as Markdown that shows just it, also in a cell of a table: no markup, HTML or further line comes of it."""
+    line = "".join(character if character.isprintable() else " " for character in str(text))
+    # An underscore within a word stands for itself.
+    return re.sub(r"[\\`*\[\]|~#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", html.escape(line, quote=False))
+
+
+def as_code(text: str) -> str:
+    """One line as a span of code."""
+    ticks = "`" * (_longest_run_of_backticks(text) + 1)
+    return f"`{text}`" if ticks == "`" else f"{ticks} {text} {ticks}"
+
+
+def as_block(text: str, language: str) -> str:
+    """Lines as a block of code, which no line of them ends."""
+    fence = "`" * max(3, _longest_run_of_backticks(text) + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _longest_run_of_backticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def merge_cards(text: str, theirs: ModelCard | None, name: str, tags: Sequence[str] = ()) -> str:
@@ -161,8 +214,10 @@ def merge_cards(text: str, theirs: ModelCard | None, name: str, tags: Sequence[s
     """
     ours = ModelCard(text)
     old = ours.data.get("model_name")
+    if old and is_plain(old):
+        for quoted in (lambda text: json.dumps(text, ensure_ascii=False), as_code):
+            ours.text = ours.text.replace(quoted(old), quoted(name))
     if old:
-        ours.text = ours.text.replace(f'"{old}"', f'"{name}"').replace(f"`{old}`", f"`{name}`")
         ours.data["model_name"] = name
     known_tags = ours.data.get("tags") or []
     ours.data["tags"] = [*known_tags, *(tag for tag in tags if tag not in known_tags)]
@@ -209,7 +264,7 @@ def stitch_table(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> str
     unit, divisor = flops_unit(max((stitch.flops or 0 for stitch in stitches), default=0))
     columns: dict[str, list[str]] = {
         "id": [str(stitch.id) for stitch in stitches],
-        "route": [route_in_words(stitch, anchor_names) for stitch in stitches],
+        "route": [in_markdown(route_in_words(stitch, anchor_names)) for stitch in stitches],
         unit: [f"{(stitch.flops or 0) / divisor:.3f}" for stitch in stitches],
         "params": [_shown(stitch.params, 1, ",.0f") for stitch in stitches],
         "accuracy": [_shown(stitch.metrics.get("accuracy"), 100, ".2f", " %") for stitch in stitches],
@@ -229,7 +284,7 @@ def _shown(figure: float | None, factor: float, form: str, unit: str = "") -> st
 
 def short_names(config: StitchableConfig) -> list[str]:
     """A name per anchor: its architecture, with its width or place where several share it."""
-    architectures = [entry["architecture"].split("/")[-1] for entry in config.anchors]
+    architectures = [entry["architecture"] for entry in config.anchors]
     if len(set(architectures)) == len(architectures):
         return architectures
     widths = [entry["cuts"][-1][0] for entry in config.anchors]
@@ -250,8 +305,21 @@ def _eval_result(stitch: Stitch, dataset: str) -> EvalResult:
     )
 
 
-def _is_on_hub(name: str) -> bool:
-    return name.count("/") == 1
+def _is_on_hub(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _circumstances(config: StitchableConfig, of: str) -> dict[str, Any]:
+    """What `config.throughput` or `config.latency` says of how its figures were made, in Markdown."""
+    facts = getattr(config, of, None)
+    if not isinstance(facts, Mapping):
+        return {}
+    names = ("device", "threads", "batch_size", "dtype", "num_runs")
+    shown: dict[str, Any] = {name: in_markdown(facts[name]) for name in names if facts.get(name) is not None}
+    error, verified = facts.get("median_error"), facts.get("verified")
+    if isinstance(error, float | int) and isinstance(verified, Mapping) and math.isfinite(error):
+        shown |= {"median_error": f"{100 * error:.1f}", "num_verified": len(verified)}
+    return shown
 
 
 def _accuracy(stitches: Sequence[Stitch], stitch_id: int) -> float | None:
@@ -259,9 +327,11 @@ def _accuracy(stitches: Sequence[Stitch], stitch_id: int) -> float | None:
     return next((stitch.metrics.get("accuracy") for stitch in stitches if stitch.id == stitch_id), None)
 
 
-def _middle(stitches: Sequence[Stitch]) -> Stitch:
-    by_flops = sorted(stitches, key=lambda stitch: stitch.flops or 0)
-    return by_flops[len(by_flops) // 2]
+def _budget(stitches: Sequence[Stitch]) -> int | None:
+    """The FLOPs of the anchor in the middle, or of the stitch in the middle where there is no anchor."""
+    anchors = [stitch for stitch in stitches if stitch.is_anchor]
+    by_flops = sorted(anchors or stitches, key=lambda stitch: stitch.flops or 0)
+    return by_flops[len(by_flops) // 2].flops
 
 
 def _template() -> Path:

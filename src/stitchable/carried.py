@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location, spec_from_loader
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,26 @@ def carry_families(model: StitchablePreTrainedModel, classes: Iterable[type[nn.M
         (folder / path.name).write_text(text, encoding="utf-8")
         carried[name] = path
     if carried:
-        imports = "".join(f"from .{path.stem} import {name}\n" for name, path in carried.items())
-        text = (_PACKAGE / "families.py").read_text(encoding="utf-8").replace("\nFAMILIES", f"\n{imports}\nFAMILIES")
-        (folder / "families.py").write_text(text.replace("= ()", f"= ({', '.join(carried)},)"), encoding="utf-8")
+        (folder / "families.py").write_text(_families_file({name: path.stem for name, path in carried.items()}))
     model.config.families = sorted(path.name for path in carried.values())
+
+
+def _families_file(modules: Mapping[str, str]) -> str:
+    """The text of a checkpoint's `families.py`.
+
+    Args:
+        modules: name of a class -> name of the module beside it that has the class.
+    """
+    imports = "".join(f"from .{module} import {name}\n" for name, module in modules.items())
+    text = (_PACKAGE / "families.py").read_text().replace("\nFAMILIES", f"\n{imports}\nFAMILIES")
+    return text.replace("= ()", f"= ({', '.join(modules)},)")
+
+
+def is_families_file(text: str, files: Collection[str]) -> bool:
+    """Whether it is the `families.py` of a checkpoint that brings classes from these files, and nothing else."""
+    found = re.findall(r"^from \.(\w+) import (\w+)$", text, re.MULTILINE)
+    modules = {name: module for module, name in found}
+    return all(f"{module}.py" in files for module, _ in found) and text == _families_file(modules)
 
 
 def import_families(source: str | Path, files: Sequence[str], **hub: Any) -> None:

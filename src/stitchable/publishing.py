@@ -4,35 +4,36 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from stitchable.card import (
     CARD,
     FIGURE,
     SAMPLE,
     Card,
-    SnippetError,
     eval_results_files,
+    is_plain,
     make_card,
     merge_cards,
     short_names,
-    try_out,
+    what_it_prints,
 )
+from stitchable.carried import is_families_file
 from stitchable.model import modeling_stitchable
-from stitchable.model.configuration_stitchable import StitchableConfig
+from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.plots import plot_stitches
 from stitchable.processing import image_processor
-
-logger = logging.get_logger(__name__)
 
 STITCH_TABLE = "stitches.json"
 # Files of an earlier push that would stay beside the new ones and be loaded in their place.
@@ -67,7 +68,7 @@ def save_repository(
     processor.save_pretrained(folder)
     (sample or Image.new("RGB", (64, 64), "grey")).save(folder / SAMPLE)
     _describe(model, folder)
-    make_card(model, card).save(folder / CARD)
+    make_card(model, card, what_it_prints(model, folder)).save(folder / CARD)
 
 
 def update_repository(
@@ -76,7 +77,6 @@ def update_repository(
     *,
     dataset: str | None = None,
     split: str = "",
-    trust_remote_code: bool = False,
 ) -> None:
     """Write new figures of the stitches into a folder: config, stitch table, figure and card. Weights stay.
 
@@ -85,28 +85,25 @@ def update_repository(
         folder: a checkpoint of a stitchable model.
         dataset: what it was measured on, if that is new.
         split: of the data set.
-        trust_remote_code: whether the snippet of the card may run code of the folder that is not this package's; where
-            it may not, it is not run.
+
+    Raises:
+        ValueError: names with line breaks or other characters that cannot be seen.
     """
     folder = Path(folder)
     old = ModelCard.load(folder / CARD) if (folder / CARD).exists() else None
-    card = Card.of(model.config, (old and old.data.get("model_name")) or folder.resolve().name)
+    name = old.data.get("model_name") if old else None
+    card = Card.of(model.config, name if name and is_plain(name) else folder.resolve().name)
     if dataset is not None:
-        card.dataset, card.split = dataset, split
+        card = replace(card, dataset=dataset, split=split)
     card.store(model.config)
     model.config.save_pretrained(folder)
     if not (folder / "preprocessor_config.json").exists():
         processor_of(model).save_pretrained(folder)
-    _describe(model, folder)
-    (folder / CARD).write_text(merge_cards(str(make_card(model, card)), old, card.name), encoding="utf-8")
     if not (folder / SAMPLE).exists():
         Image.new("RGB", (64, 64), "grey").save(folder / SAMPLE)
-    if trust_remote_code or _has_our_code(folder):
-        try_out(folder)
-    else:
-        logger.warning(
-            f"{folder} has code of its own, which was not run: its card does not say what the snippet prints"
-        )
+    _describe(model, folder)
+    made = make_card(model, card, what_it_prints(model, folder))
+    (folder / CARD).write_text(merge_cards(str(made), old, card.name), encoding="utf-8")
 
 
 def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
@@ -115,7 +112,7 @@ def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
     if any("accuracy" in stitch.metrics for stitch in model.stitches):
         plot_stitches(model.stitches, names).savefig(folder / FIGURE)
     table = {"anchors": names, "stitches": [stitch.to_dict() for stitch in model.stitches]}
-    (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n")
     for path in folder.glob(".eval_results/stitch-*.yaml"):
         path.unlink()
     for name, content in eval_results_files(model.stitches, Card.of(model.config, "").dataset).items():
@@ -128,6 +125,7 @@ def push_model(
     repo_id: str,
     *,
     processor: BaseImageProcessor | None = None,
+    token: bool | str | None = None,
     **options: Any,
 ) -> CommitInfo:
     """Push a model: weights, code, image processor, stitch table, card and figure, as one commit.
@@ -137,21 +135,18 @@ def push_model(
         repo_id: "user/name" on the Hub; made if it does not exist.
         processor: the image processor it was measured with; if None, that of the checkpoint the model was loaded from,
             else timm's for the largest anchor.
+        token: as in `HfApi`, also to look for files of that checkpoint; None for the stored one.
         options: of `push_folder`.
     """
     with tempfile.TemporaryDirectory() as folder:
         save_repository(
             model,
             folder,
-            processor or processor_of(model),
+            processor or processor_of(model, token),
             Card.of(model.config, repo_id),
-            sample=_sample_of(model),
+            sample=_sample_of(model, token),
         )
-        try:
-            try_out(folder)
-        except SnippetError as error:
-            logger.warning(f"{error}\nSo it is for others who load this model; the card says nothing of an output")
-        return push_folder(folder, repo_id, **options)
+        return push_folder(folder, repo_id, token=token, **options)
 
 
 def push_folder(
@@ -183,7 +178,8 @@ def push_folder(
         tags: to be added to the card.
 
     Raises:
-        ValueError: the folder is no checkpoint of a stitchable model, or its stitch table is not that of its config.
+        ValueError: the folder is no checkpoint of a stitchable model, its stitch table is not that of its config, or it
+            has code that is neither this package's nor of a family that the config names.
         huggingface_hub.errors.HfHubHTTPError: what the Hub refuses, a missing token among it.
     """
     folder = Path(folder)
@@ -237,6 +233,35 @@ def _check_checkpoint(folder: Path) -> None:
             f"{table} is not the table of the stitches in {folder / 'config.json'}, from which models are loaded; "
             "remove it, or let stitchable eval or calibrate write both anew"
         )
+    _check_code(folder, config)
+
+
+def _check_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse code that whoever loads the repository with `trust_remote_code=True` may run, but nobody meant to publish.
+
+    That is all but this package's, and the files of families of one's own that the config names.
+    """
+    package = Path(modeling_stitchable.__file__).parent
+    ours = {path.name: path.read_bytes() for path in package.glob("*.py")}
+    has_own = any(not timm.is_model(str(anchor.get("architecture"))) for anchor in config.get("anchors", ()))
+    families = set(config.get("families", ())) - set(ours) if has_own else set()
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder).as_posix()
+        if name in families or path.read_bytes() == ours.get(name):
+            continue
+        if name != "families.py" or not is_families_file(path.read_text(encoding="utf-8"), families):
+            raise ValueError(
+                f"{path} would be published, but is neither code of stitchable {STITCHABLE_VERSION} nor of a family "
+                "that config.json names; remove it, or save the model anew into another folder"
+            )
+    for path in sorted(folder.rglob("*.json")):
+        content = _read_json(path)
+        expected = StitchableConfig().auto_map if path == folder / "config.json" else None
+        if content.get("auto_map") != expected or "custom_pipelines" in content:
+            raise ValueError(
+                f"{path} names code that is not of stitchable {STITCHABLE_VERSION} (auto_map, custom_pipelines), which "
+                "would be run by those who trust this repository; save the model anew into another folder"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -265,39 +290,49 @@ def _card_of(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None
     return ModelCard.load(path)
 
 
-def processor_of(model: StitchablePreTrainedModel) -> BaseImageProcessor:
+def processor_of(model: StitchablePreTrainedModel, token: bool | str | None = None) -> BaseImageProcessor:
     """The image processor of the checkpoint that a model was loaded from, else timm's for the largest anchor.
 
+    It is one of transformers: code that the checkpoint names for it is not run, and not named again when it is saved.
+
+    Args:
+        model: as `from_pretrained` returned it, or made here.
+        token: as for any file of the Hub; None for the stored one.
+
     Raises:
-        ValueError: that checkpoint is no longer there.
+        ValueError: that checkpoint is no longer there, or its image processor is none of transformers.
     """
-    path = file_of(model, "preprocessor_config.json")
-    return AutoImageProcessor.from_pretrained(Path(path).parent) if path else image_processor(model.config)
+    path = file_of(model, "preprocessor_config.json", token)
+    if path is None:
+        return image_processor(model.config)
+    processor = AutoImageProcessor.from_pretrained(Path(path).parent, trust_remote_code=False)
+    vars(processor).pop("auto_map", None)
+    return processor
 
 
-def _sample_of(model: StitchablePreTrainedModel) -> Image.Image | None:
-    path = file_of(model, SAMPLE)
+def _sample_of(model: StitchablePreTrainedModel, token: bool | str | None) -> Image.Image | None:
+    path = file_of(model, SAMPLE, token)
     return Image.open(path) if path else None
 
 
-def file_of(model: StitchablePreTrainedModel, name: str) -> str | None:
+def file_of(model: StitchablePreTrainedModel, name: str, token: bool | str | None = None) -> str | None:
     """A file of the checkpoint that a model was loaded from, if it has one of this name.
+
+    Args:
+        model: as `from_pretrained` returned it, or made here.
+        name: of the file.
+        token: as for any file of the Hub; None for the stored one, since a model keeps none.
 
     Raises:
         ValueError: that checkpoint is no longer there.
     """
     if not model.name_or_path:
         return None
+    where = {**model.hub_arguments, "token": token, "_raise_exceptions_for_missing_entries": False}
     try:
-        return cached_file(model.name_or_path, name, _raise_exceptions_for_missing_entries=False, **model.hub_arguments)
+        return cached_file(model.name_or_path, name, **where)
     except OSError as error:
         raise ValueError(
             f"the model was loaded from {model.name_or_path}, where its {name} can no longer be found: {error}; give "
-            "processor="
+            "processor=, or token= where only a token finds it (a model keeps none)"
         ) from error
-
-
-def _has_our_code(folder: Path) -> bool:
-    package = Path(modeling_stitchable.__file__).parent
-    ours = {path.name: path.read_bytes() for path in package.glob("*.py")}
-    return all(path.read_bytes() == ours.get(path.name) for path in folder.glob("*.py"))

@@ -1,0 +1,518 @@
+"""What a checkpoint that nobody vouches for may do. SECURITY.md says it, and here the attacks on it are made."""
+
+import copy
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import OfflineModeIsEnabled
+from markdown_it import MarkdownIt
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from typer.testing import CliRunner
+
+from families import SHIPPED, images, make
+from stitchable import (
+    Adapter,
+    Layout,
+    StitchableConfig,
+    StitchableForImageClassification,
+    evaluate,
+    register_family,
+)
+from stitchable.card import KEPT_BELOW, Card, as_code, in_markdown, make_card
+from stitchable.carried import run_modules
+from stitchable.cli import app
+from stitchable.conversion import convert
+from stitchable.export import metadata_of
+from stitchable.model.architectures import create_model
+from stitchable.processing import image_processor
+from stitchable.publishing import file_of, processor_of, push_folder, save_repository, update_repository
+
+FLAT = Adapter(layout=Layout.NCHW, stem=("stem",), stages=("blocks",), head=("classifier",))
+EXAMPLE = Path(__file__).parents[1] / "examples" / "own_family" / "digit_mixer.py"
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Path:
+    """A file that all foreign code of these tests makes; at the end there must be none."""
+    path = tmp_path / "sprung"
+    yield path
+    assert not path.exists(), "foreign code was run"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A complete checkpoint."""
+    model = make("vit", id2label={i: f"class {i}" for i in range(5)})
+    save_repository(model, tmp_path / "model", image_processor(model.config, crop_pct=1.0), Card("tiny"))
+    return tmp_path / "model"
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def evil(trap: Path) -> str:
+    """A module whose import is noticed, with classes for every place that could name one."""
+    classes = "".join(f"class {name}:\n    pass\n" for name in ("Evil", "StitchableConfig", "StitchableModel"))
+    return f"import pathlib\npathlib.Path({str(trap)!r}).touch()\n{classes}"
+
+
+class Payload:
+    """What its unpickling runs."""
+
+    def __init__(self, trap: Path) -> None:
+        self.trap = trap
+
+    def __reduce__(self) -> tuple:
+        return os.mknod, (str(self.trap),)
+
+
+def run(*arguments: object, status: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def pictures(folder: Path) -> Path:
+    for number in range(5):
+        (folder / f"class {number}").mkdir(parents=True)
+        Image.new("RGB", (9, 9), (40 * number, 0, 0)).save(folder / f"class {number}" / "1.png")
+    return folder
+
+
+# ---------------------------------------------------------------- text of a card
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate"])
+def test_no_text_of_a_card_is_run(command: str, folder: Path, trap: Path, tmp_path: Path) -> None:
+    code = f"import pathlib\npathlib.Path({str(trap)!r}).touch()"
+    name = f"nice\x07\n```python\n{code}\n```\n"
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'model_name': name})}---\n\n```python\n{code}\n```\n")
+    if command == "eval":
+        run("eval", folder, pictures(tmp_path / "pictures"), "--trust-remote-code")
+    else:
+        run("calibrate", folder, "--num-runs", 1, "--trust-remote-code")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.model_name == folder.name
+    ours, _, theirs = card.text.partition(KEPT_BELOW)
+    assert str(trap) not in ours
+    assert code in theirs  # as text that somebody wrote
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\x07", "a\x1b[2J", "a\u2028b", "a\u202eb", "a\ud800"])
+def test_names_that_cannot_be_seen_are_refused(name: str, folder: Path) -> None:
+    for key in ("name", "dataset", "split", "license"):
+        with pytest.raises(ValueError, match=f"the {key} of a card is one line of text that can be seen, got"):
+            Card(**{"name": "tiny", key: name})
+    model = StitchableForImageClassification.from_pretrained(folder)
+    with pytest.raises(ValueError, match="the dataset of a card is one line"):
+        update_repository(model, folder, dataset=name)
+    model.config.card = {"dataset": name}
+    with pytest.raises(ValueError, match="the config has no facts for a card: the dataset of a card"):
+        update_repository(model, folder)
+
+
+def test_facts_of_another_type_are_refused_before_anything_is_measured(folder: Path) -> None:
+    for facts in (["a"], {"recipe": ["a"]}, {"accuracy_before": [1]}, {"accuracy_before": {"a": 1}}, {"dataset": 3}):
+        change(folder / "config.json", lambda config, facts=facts: config.update(card=facts))
+        output = run("eval", folder, "no data", status=1)
+        assert output.startswith("error: the config has no facts for a card: ")
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "![a](javascript:alert(1)) [b](javascript:alert(1))",
+    "a | b | c",
+    "`<script>`",
+    "``` <script>alert(1)</script>",
+    "</code><script>alert(1)</script>",
+    "&lt;script&gt; \\<script>",
+    "--- *a* _b_ ~~c~~ # <!-- d",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_a_config_says_is_shown_and_not_obeyed(text: str) -> None:
+    model = make("vit", id2label=dict.fromkeys(range(5), text))
+    for stitch in model.stitches:
+        model.record(stitch.id, metrics={"accuracy": 0.5, "images_per_second": 3.0}, latency_ms=1.0)
+    circumstances = dict.fromkeys(("device", "threads", "batch_size", "dtype", "num_runs", "verified"), text)
+    model.config.throughput = model.config.latency = {**circumstances, "median_error": text}
+    model.config.anchors[0]["kwargs"] = {text: text}
+    model.config.anchors[0]["pretrained"] = text
+    recipe = f"a: 1\n{text}\n```\n{text}\n~~~\n````\n</pre>{text}\n"
+    card = Card(text, text, text, text, recipe, accuracy_before={0: 0.5})
+    card.store(model.config)
+    made = make_card(model, Card.of(model.config, text), f"{text}\n```\n{text}\n")
+    again = ModelCard(str(made))
+    assert again.data.to_dict() == made.data.to_dict()  # nothing of it became metadata
+    assert again.data.model_name == again.data.license == text
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(again.text)
+    assert "<script" not in page
+    assert page.count("<img") == 1  # the figure
+    assert page.count("<!--") == 1  # the mark
+    assert set(re.findall(r'href="([^"]*)"', page)) == {"https://arxiv.org/abs/2302.06586", "sample.png"}
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    assert {row.count("<td") + row.count("<th") for row in rows} == {7, 3}  # of stitches, of anchors before and after
+
+
+def test_the_mark_of_a_card_cannot_be_quoted() -> None:
+    with pytest.raises(ValueError, match="a card cannot quote"):
+        make_card(make("vit"), Card("tiny", recipe=f"{KEPT_BELOW}\n"))
+
+
+def test_what_needs_no_escape_has_none() -> None:
+    for text in ("vit_tiny_patch16_224.augreg", "someone/noise (test[:10])"[:13], "100 % of 2-3, a.b: 'c'", "é"):
+        assert in_markdown(text) == text
+    assert as_code("a") == "`a`"
+    assert as_code("`a``") == "``` `a`` ```"
+
+
+# ---------------------------------------------------------------- code of a checkpoint
+
+
+def add_foreign_code(folder: Path, trap: Path) -> None:
+    """A module below the top, and a map that names it."""
+    (folder / "sub").mkdir()
+    (folder / "sub" / "evil.py").write_text(evil(trap))
+    names = ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor")
+    pipelines = {"image-classification": {"impl": "evil.Evil", "pt": ["AutoModel"]}}
+    change(folder / "config.json", lambda c: c.update(auto_map=dict.fromkeys(names, "sub/evil.Evil")))
+    change(folder / "config.json", lambda c: c.update(custom_pipelines=pipelines))
+
+
+@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}])
+def test_a_foreign_map_is_neither_run_nor_saved_again(trust: dict, folder: Path, trap: Path, tmp_path: Path) -> None:
+    """With the package installed, its code is used even where the checkpoint's is trusted."""
+    add_foreign_code(folder, trap)
+    (folder / "modeling_stitchable.py").write_text(evil(trap))
+    assert type(AutoConfig.from_pretrained(folder, **trust)) is StitchableConfig
+    for load in (AutoModelForImageClassification, AutoModel, StitchableForImageClassification):
+        model = load.from_pretrained(folder, **trust)
+        assert type(model).__module__ == "stitchable.model.modeling_stitchable"
+        again = tmp_path / f"again-{load.__name__}"
+        model.save_pretrained(again)
+        config = json.loads((again / "config.json").read_text())
+        assert config["auto_map"] == StitchableConfig().auto_map
+        assert "evil" not in json.dumps(config)
+        assert {path.name for path in again.rglob("*.py")} == SHIPPED
+        assert all(path.read_text() != evil(trap) for path in again.rglob("*.py"))
+
+
+def test_measuring_a_folder_runs_none_of_its_code(folder: Path, trap: Path) -> None:
+    add_foreign_code(folder, trap)
+    run("calibrate", folder, "--num-runs", 1)
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == StitchableConfig().auto_map
+    with pytest.raises(ValueError, match=r"sub/evil\.py would be published, but is neither code of stitchable"):
+        push_folder(folder, "someone/tiny")
+    (folder / "sub" / "evil.py").unlink()
+    with pytest.raises(OfflineModeIsEnabled):  # and else it would be pushed
+        push_folder(folder, "someone/tiny")
+
+
+FOREIGN_FILES = {
+    "evil.py": ("evil.py", "x = 1\n"),
+    "a module further down": ("custom_generate/generate.py", "x = 1\n"),
+    "our name, other code": ("modeling_stitchable.py", "x = 1\n"),
+    "families.py": ("families.py", "from os import system\n\nFAMILIES = (system,)\n"),
+    "a map of the image processor": ("preprocessor_config.json", '{"auto_map": {"AutoImageProcessor": "a--b.C"}}'),
+    "another map": ("config.json", {"auto_map": {"AutoConfig": "someone/else--evil.Evil"}}),
+    "pipelines": ("config.json", {"custom_pipelines": {"a": {"impl": "evil.Evil"}}}),
+    "a tokenizer": ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["someone/else--evil.Evil", null]}}'),
+    "a family of no anchor": ("evil.py", "x = 1\n"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_FILES)
+def test_foreign_code_is_not_published_by_accident(case: str, folder: Path) -> None:
+    name, content = FOREIGN_FILES[case]
+    if isinstance(content, dict):
+        change(folder / name, lambda config: config.update(content))
+    else:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    if case == "a family of no anchor":
+        change(folder / "config.json", lambda config: config.update(families=["evil.py"]))
+    with pytest.raises(ValueError, match=f"{re.escape(name)} (would be published|names code)"):
+        push_folder(folder, "someone/tiny")
+
+
+@pytest.fixture
+def own_family(tmp_path: Path) -> Path:
+    """A checkpoint that brings a family of its author's own."""
+    run_modules([str(EXAMPLE)])
+    names = ["digit_mixer_s", "digit_mixer_m"]
+    StitchableForImageClassification.from_anchors(names, pretrained=False).save_pretrained(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def test_a_family_of_ones_own_is_published(own_family: Path) -> None:
+    with pytest.raises(OfflineModeIsEnabled):
+        push_folder(own_family, "someone/tiny")
+    text = (own_family / "families.py").read_text()
+    (own_family / "families.py").write_text(f"{text}print(1)\n")
+    with pytest.raises(ValueError, match=r"families\.py would be published"):
+        push_folder(own_family, "someone/tiny")
+
+
+@pytest.mark.parametrize(
+    "file", ["../evil.py", "/evil.py", "sub/evil.py", "sub\\evil.py", "evil", "evil.txt", ".py", 3]
+)
+def test_families_are_files_of_the_checkpoint(file: Any, own_family: Path, trap: Path) -> None:
+    (own_family / "sub").mkdir()
+    for path in (own_family.parent / "evil.py", own_family / "sub" / "evil.py", own_family / "evil.txt"):
+        path.write_text(evil(trap))
+
+    def name_it(config: dict) -> None:
+        config["families"] = [file if file != "/evil.py" else str(own_family.parent / "evil.py")]
+        config["anchors"][0]["architecture"] = "digit_mixer_xl"
+
+    change(own_family / "config.json", name_it)
+    for trust in (False, True):
+        with pytest.raises(ValueError, match="families are Python files beside the config"):
+            StitchableForImageClassification.from_pretrained(own_family, trust_remote_code=trust)
+
+
+def test_families_are_run_only_where_they_are_trusted(own_family: Path, trap: Path) -> None:
+    (own_family / EXAMPLE.name).write_text(evil(trap))
+    change(own_family / "config.json", lambda config: config["anchors"][0].update(architecture="digit_mixer_xl"))
+    with pytest.raises(ValueError, match=r"brings models of its own in digit_mixer\.py; read them and pass trust_rem"):
+        StitchableForImageClassification.from_pretrained(own_family)
+
+
+# ---------------------------------------------------------------- image processors
+
+
+def test_the_code_of_an_image_processor_is_neither_run_nor_named_again(
+    folder: Path, trap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "evil.py").write_text(evil(trap))
+    path = folder / "preprocessor_config.json"
+    change(path, lambda settings: settings.update(auto_map={"AutoImageProcessor": "evil.Evil"}))
+    model = StitchableForImageClassification.from_pretrained(folder, trust_remote_code=True)
+    save_repository(model, tmp_path / "again", processor_of(model), Card("again"))
+    assert "evil" not in (tmp_path / "again" / path.name).read_text()
+    change(path, lambda settings: settings.pop("image_processor_type"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks where nobody said no
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        processor_of(model)
+    assert run("eval", folder, pictures(tmp_path / "pictures"), status=1).startswith("error: ")
+
+
+# ---------------------------------------------------------------- what a config has built
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *("local-dir:{folder}", "hf-hub:someone/model", "HF-HUB:someone/model", "resnet18.a:b", "resnet18/../x"),
+        *("{folder}", "someone/resnet18", "<script>", "a b", "", "vit\n", 3, None, ["resnet18"]),
+    ],
+)
+def test_a_config_names_registered_architectures(architecture: Any, folder: Path) -> None:
+    if isinstance(architecture, str):
+        architecture = architecture.format(folder=folder)
+    change(folder / "config.json", lambda config: config["anchors"][0].update(architecture=architecture))
+    for load in (StitchableConfig, StitchableForImageClassification):
+        with pytest.raises(ValueError, match="an architecture is named by letters, digits"):
+            load.from_pretrained(folder)
+    with pytest.raises(ValueError, match="an architecture is named by letters, digits"):
+        create_model(architecture, num_classes=2)
+
+
+REFUSED_KWARGS = {
+    "checkpoint_path": "{pickle}",
+    "pretrained": True,
+    "pretrained_cfg": {"file": "{pickle}"},
+    "pretrained_cfg_overlay": {"url": "https://example.com/weights.pth"},
+    "pretrained_strict": False,
+    "pretrained_model_args": {"depth": 1},
+    "pretrained_filter_fn": "os.system",
+    "cache_dir": "{pickle}",
+    "model_cls": "os.system",
+    "model_name": "resnet18",
+    "variant": "resnet18",
+    "features_only": True,
+    "feature_cls": "fx",
+    "out_indices": [0],
+    "pruned": True,
+    "scriptable": True,
+    "exportable": True,
+    "no_jit": True,
+    "num_classes": 7,
+    "device": "cpu",
+    "dtype": "float16",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_KWARGS)
+def test_kwargs_are_those_of_the_constructor(name: str, folder: Path, trap: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(pickle.dumps(Payload(trap), protocol=2))
+    value = json.loads(json.dumps(REFUSED_KWARGS[name]).replace("{pickle}", str(tmp_path / "weights.pth")))
+    change(folder / "config.json", lambda config: config["anchors"][0]["kwargs"].update({name: value}))
+    with pytest.raises(ValueError, match=rf"kwargs of 'vit_tiny_patch16_224' cannot hold '{name}'"):
+        StitchableForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"state_dict": "weights.pth"}, "cannot be made with .*state_dict"),
+        ({"act_layer": "os.system"}, r"cannot be made with .*os\.system"),
+        ({"norm_layer": "torch.nn.LayerNorm"}, r"cannot be made with .*torch\.nn\.LayerNorm"),
+        ({"embed_layer": "os.system"}, "cannot be made with"),
+        ({"depth": "many"}, "cannot be made with"),
+        ({"num_heads": 0}, "cannot be made with"),
+        ({"drop_path_rate": {"__float__": "NaN"}}, "drop_path_rate is nan; give a finite number"),
+        (["depth"], "must be arguments of the model by name"),
+        ("depth", "must be arguments of the model by name"),
+    ],
+)
+def test_values_of_kwargs_are_plain(kwargs: Any, message: str, folder: Path) -> None:
+    whole = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "num_heads": 2, "depth": 3}
+    kwargs = {**whole, **kwargs} if isinstance(kwargs, dict) else kwargs
+    change(folder / "config.json", lambda config: config["anchors"][0].update(kwargs=kwargs))
+    with pytest.raises(ValueError, match=message):
+        StitchableForImageClassification.from_pretrained(folder)
+    for value in (nn.GELU, Path("a"), {1: 2}, [float("inf")], torch.ones(1)):
+        with pytest.raises(ValueError, match=r"are kept in config\.json, but act_layer is .*; give a finite number"):
+            create_model("vit_tiny_patch16_224", {"act_layer": value}, num_classes=2)
+
+
+def test_names_that_a_config_refuses_cannot_be_registered() -> None:
+    with pytest.raises(ValueError, match="an architecture is named by letters"):
+        register_family(nn.Identity, FLAT, {"a b": {}}, input_size=(3, 8, 8), num_classes=3)
+
+
+def test_a_config_cannot_choose_a_kernel_of_the_hub(folder: Path) -> None:
+    for key in ("attn_implementation", "_attn_implementation"):
+        change(folder / "config.json", lambda config, key=key: config.update({key: "someone/evil-kernel"}))
+        with pytest.raises((ValueError, ImportError)):
+            StitchableForImageClassification.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_pickles_are_not_run(folder: Path, trap: Path) -> None:
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"anchors.0.cls_token": Payload(trap)}, protocol=2))
+    for arguments in ({}, {"use_safetensors": False}, {"trust_remote_code": True}, {"stitch_id": 4}):
+        with pytest.raises((OSError, pickle.UnpicklingError, ValueError)):
+            StitchableForImageClassification.from_pretrained(folder, **arguments)
+    change(folder / "config.json", lambda config: config.update(transformers_weights="pytorch_model.bin"))
+    with pytest.raises((OSError, pickle.UnpicklingError, ValueError)):
+        StitchableForImageClassification.from_pretrained(folder)
+    with pytest.raises(ValueError, match="no checkpoint that can be read without running its code"):
+        convert(folder / "pytorch_model.bin", "deit")
+    anchor = {"architecture": "resnet18", "weights": folder / "pytorch_model.bin"}
+    with pytest.raises(ValueError, match=r"the weights .* cannot be read"):
+        StitchableForImageClassification.from_anchors([anchor, anchor])
+
+
+def test_an_index_names_only_files_beside_it(folder: Path, tmp_path: Path) -> None:
+    secret = load_file(folder / "model-anchor-1.safetensors")
+    assert "anchors.1.cls_token" in secret
+    (folder / "model-anchor-1.safetensors").rename(tmp_path / "secret.safetensors")
+    for place in ("../secret.safetensors", str(tmp_path / "secret.safetensors")):
+        names = dict.fromkeys(secret, place)
+        change(folder / "model.safetensors.index.json", lambda index, names=names: index["weight_map"].update(names))
+        for arguments in ({}, {"stitch_id": 4}):
+            with pytest.raises(ValueError, match="is no index of weights: it names files of other folders"):
+                StitchableForImageClassification.from_pretrained(folder, **arguments)
+
+
+# ---------------------------------------------------------------- secrets
+
+
+@pytest.mark.parametrize("load", [StitchableForImageClassification, AutoModelForImageClassification, AutoModel])
+@pytest.mark.parametrize("part", [{}, {"stitch_id": 4}])
+def test_no_secret_stays_on_a_model(load: Any, part: dict, folder: Path, tmp_path: Path) -> None:
+    change(folder / "config.json", lambda config: config.update(token="", proxies={}, use_auth_token=""))
+    model = load.from_pretrained(folder, token="hf_secret", proxies={"https": "http://me:hf_secret@proxy"}, **part)
+    model.save_pretrained(tmp_path / "saved")
+    for held in (model, model.config, model.hub_arguments, vars(model.config), model.extract(4)):
+        assert b"hf_secret" not in pickle.dumps(held)
+    assert all(b"hf_secret" not in path.read_bytes() for path in (tmp_path / "saved").iterdir())
+    assert "hf_secret" not in f"{model.config}{vars(model)}"
+    assert file_of(model, "sample.png") == str(folder / "sample.png")
+
+
+# ---------------------------------------------------------------- figures
+
+
+def strict(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_diverged_stitch_is_measured_saved_and_pushed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = make("vit"), images("vit", 10)
+    with torch.no_grad():
+        model.get_stitching_layer(model.stitches[4].layers[0]).bias.fill_(torch.nan)
+    measured = evaluate(model, [{"pixel_values": x, "labels": torch.arange(10) % 5}])
+    diverged = [i for i, figures in measured.items() if "loss" not in figures]
+    shared = model.stitches[4].layers
+    assert diverged == [stitch.id for stitch in model.stitches if stitch.layers == shared]
+    assert {i: dict(stitch.metrics) for i, stitch in enumerate(model.stitches)} == measured
+    strict(json.dumps(measured))
+    save_repository(model, tmp_path / "model", image_processor(model.config), Card("tiny", accuracy_before={0: np.nan}))
+    for path in (tmp_path / "model").glob("*.json"):
+        assert "__float__" not in json.dumps(strict(path.read_text())), path
+    strict(metadata_of(model)["preprocessing"])
+    with pytest.raises(OfflineModeIsEnabled):
+        push_folder(tmp_path / "model", "someone/tiny")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_figure_is_infinite(value: float, folder: Path) -> None:
+    model = make("vit")
+    everything = {"flops": value, "params": value, "latency_ms": value, "memory_mb": value}
+    recorded = model.record(3, **everything, metrics={"accuracy": value, "loss": 2.0})
+    assert recorded.to_dict() == {**recorded.to_dict(), "metrics": {"loss": 2.0}}
+    assert not set(everything) & set(recorded.to_dict())
+    assert model.config.stitches[3] == recorded.to_dict()
+    # As checkpoints of before have it.
+    change(folder / "config.json", lambda c: c["stitches"][3].update(everything, metrics={"accuracy": value}))
+    config = StitchableConfig.from_pretrained(folder)
+    assert config.stitches[3].keys() == {"id", "route", "layers"}
+    run("calibrate", folder, "--num-runs", 1)
+    strict((folder / "config.json").read_text())
+    strict((folder / "stitches.json").read_text())
+    with pytest.raises(OfflineModeIsEnabled):
+        push_folder(folder, "someone/tiny")
+
+
+@pytest.mark.parametrize("figure", ["<b>", "1", True, [1], 10**400])
+def test_figures_of_a_config_are_numbers(figure: Any, folder: Path) -> None:
+    entry = copy.deepcopy(json.loads((folder / "config.json").read_text())["stitches"][3])
+    for changed in ({"flops": figure}, {"latency_ms": figure}, {"metrics": {"accuracy": figure}}, {"metrics": figure}):
+        change(folder / "config.json", lambda c, changed=changed: c["stitches"].__setitem__(3, {**entry, **changed}))
+        with pytest.raises(ValueError, match=r"must be a number|must be figures by name"):
+            StitchableConfig.from_pretrained(folder)
+        assert run("table", folder, status=1).startswith("error: stitch 3: ")
+
+
+def test_the_image_processor_of_a_checkpoint_is_what_transformers_loads(folder: Path) -> None:
+    model = StitchableForImageClassification.from_pretrained(folder)
+    assert processor_of(model).to_dict() == AutoImageProcessor.from_pretrained(folder).to_dict()

@@ -516,3 +516,11 @@ def test_figures_of_a_config_are_numbers(figure: Any, folder: Path) -> None:
 def test_the_image_processor_of_a_checkpoint_is_what_transformers_loads(folder: Path) -> None:
     model = StitchableForImageClassification.from_pretrained(folder)
     assert processor_of(model).to_dict() == AutoImageProcessor.from_pretrained(folder).to_dict()
+
+
+def test_every_promise_names_its_attacks() -> None:
+    page = (Path(__file__).parents[1] / "SECURITY.md").read_text(encoding="utf-8")
+    named = {name for bracket in re.findall(r"\[(`[^\]]*)\](?!\()", page) for name in re.findall(r"\w+", bracket)}
+    tests = [name for name in globals() if name.startswith("test_")]
+    assert len(named) > 10
+    assert {name for name in named if not any(name in test for test in tests)} == set()

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,18 +233,18 @@ def _check_checkpoint(folder: Path) -> None:
             f"{table} is not the table of the stitches in {folder / 'config.json'}, from which models are loaded; "
             "remove it, or let stitchable eval or calibrate write both anew"
         )
-    _check_code(folder, config)
+    _check_code(folder, StitchableConfig.from_dict(config))
 
 
-def _check_code(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_code(folder: Path, config: StitchableConfig) -> None:
     """Refuse code that whoever loads the repository with `trust_remote_code=True` may run, but nobody meant to publish.
 
     That is all but this package's, and the files of families of one's own that the config names.
     """
     package = Path(modeling_stitchable.__file__).parent
     ours = {path.name: path.read_bytes() for path in package.glob("*.py")}
-    has_own = any(not timm.is_model(str(anchor.get("architecture"))) for anchor in config.get("anchors", ()))
-    families = set(config.get("families", ())) - set(ours) if has_own else set()
+    has_own = any(not timm.is_model(anchor["architecture"]) for anchor in config.anchors)
+    families = set(config.families) - set(ours) if has_own else set()
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
         if name in families or path.read_bytes() == ours.get(name):
@@ -256,7 +256,7 @@ def _check_code(folder: Path, config: Mapping[str, Any]) -> None:
             )
     for path in sorted(folder.rglob("*.json")):
         content = _read_json(path)
-        expected = StitchableConfig().auto_map if path == folder / "config.json" else None
+        expected = config.auto_map if path == folder / "config.json" else None
         if content.get("auto_map") != expected or "custom_pipelines" in content:
             raise ValueError(
                 f"{path} names code that is not of stitchable {STITCHABLE_VERSION} (auto_map, custom_pipelines), which "

@@ -308,11 +308,15 @@ def test_the_code_of_an_image_processor_is_neither_run_nor_named_again(
     change(path, lambda settings: settings.update(auto_map={"AutoImageProcessor": "evil.Evil"}))
     model = StitchableForImageClassification.from_pretrained(folder, trust_remote_code=True)
     save_repository(model, tmp_path / "again", processor_of(model), Card("again"))
-    assert "evil" not in (tmp_path / "again" / path.name).read_text()
+    model.save_pretrained(tmp_path / "bare")
+    for saved in (tmp_path / "again", tmp_path / "bare"):
+        assert "evil" not in (saved / path.name).read_text()
     change(path, lambda settings: settings.pop("image_processor_type"))
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks where nobody said no
     with pytest.raises(ValueError, match="trust_remote_code"):
         processor_of(model)
+    model.save_pretrained(tmp_path / "of timm")
+    assert "BitImageProcessor" in (tmp_path / "of timm" / path.name).read_text()
     assert run("eval", folder, pictures(tmp_path / "pictures"), status=1).startswith("error: ")
 
 
@@ -469,7 +473,8 @@ def strict(text: str) -> Any:
 def test_a_diverged_stitch_is_measured_saved_and_pushed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, x = make("vit"), images("vit", 10)
     with torch.no_grad():
-        model.get_stitching_layer(model.stitches[4].layers[0]).bias.fill_(torch.nan)
+        for parameter in model.get_stitching_layer(model.stitches[4].layers[0]).parameters():
+            parameter.fill_(torch.nan)
     measured = evaluate(model, [{"pixel_values": x, "labels": torch.arange(10) % 5}])
     diverged = [i for i, figures in measured.items() if "loss" not in figures]
     shared = model.stitches[4].layers

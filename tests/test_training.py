@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image as PILImage
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints import Checkpoints, RunStopped
 from data import make_test_loader
@@ -27,6 +29,7 @@ from recipe import load_recipe
 from sources import load_data
 from stitchable import StitchableForImageClassification, evaluate
 from stitchable.processing import image_processor
+from stitchable.publishing import push_folder
 from train import run
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +72,40 @@ def train(*overrides: str, launcher: list[str] | None = None, **kwargs) -> subpr
         check=False,
         **kwargs,
     )
+
+
+def strict(path: Path) -> object:
+    """A JSON file, without the constants that Python writes and no other language reads."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{path} has {constant}, which is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_a_diverged_anchor_leaves_strict_json(tmp_path: Path) -> None:
+    recipe = load_recipe(DIGITS, [])
+    overrides = ["pretrained=true"]
+    for number, anchor in enumerate(recipe.anchors):
+        model = timm.create_model(anchor.architecture, num_classes=10, **anchor.kwargs)
+        if number == 1:
+            model.norm.bias.data.fill_(torch.nan)
+        path = tmp_path / f"{number}.safetensors"
+        save_file(model.state_dict(), path)
+        overrides.append(f"anchors.{number}.weights={path}")
+    settings = [*TINY, *overrides, "training.epochs=0", "initialization.method=kaiming", f"output={tmp_path / 'run'}"]
+    run(load_recipe(DIGITS, settings))
+    results = strict(tmp_path / "run-run" / "results.json")
+    assert {i: "loss" in figures for i, figures in results["trained"].items()} == {
+        "0": True,
+        "1": False,
+        "2": True,
+        "5": False,
+    }
+    for path in [*tmp_path.glob("run/*.json"), *tmp_path.glob("run-run/*.json")]:
+        strict(path)
+    with pytest.raises(OfflineModeIsEnabled):  # where else it would be pushed
+        push_folder(tmp_path / "run", "someone/tiny")
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:

@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from transformers import AutoImageProcessor, pipeline
+from transformers import pipeline
 
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
+from stitchable.model.preprocessing import load_image_processor
 from stitchable.model.routes import Stitch, best_within, pareto_front
 from stitchable.plots import flops_unit, route_in_words
 
@@ -170,7 +171,7 @@ def what_it_prints(model: StitchablePreTrainedModel, folder: str | Path) -> str:
         return ""
     stitch = best_within(model.stitches, flops=budget)
     small = StitchableForImageClassification.from_pretrained(folder, stitch_id=stitch.id)
-    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor = load_image_processor(folder)
     classify = pipeline("image-classification", model=small, image_processor=processor, device="cpu")
     return (
         f"stitch {stitch.id}: {stitch.flops:,} FLOPs, {stitch.params:,} parameters\n"

@@ -13,7 +13,7 @@ import timm
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from PIL import Image
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import BaseImageProcessor
 from transformers.utils import cached_file
 
 from stitchable.card import (
@@ -32,6 +32,7 @@ from stitchable.carried import is_families_file
 from stitchable.model import modeling_stitchable
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+from stitchable.model.preprocessing import load_image_processor
 from stitchable.plots import plot_stitches
 from stitchable.processing import image_processor
 
@@ -293,8 +294,6 @@ def _card_of(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None
 def processor_of(model: StitchablePreTrainedModel, token: bool | str | None = None) -> BaseImageProcessor:
     """The image processor of the checkpoint that a model was loaded from, else timm's for the largest anchor.
 
-    It is one of transformers: code that the checkpoint names for it is not run, and not named again when it is saved.
-
     Args:
         model: as `from_pretrained` returned it, or made here.
         token: as for any file of the Hub; None for the stored one.
@@ -303,11 +302,7 @@ def processor_of(model: StitchablePreTrainedModel, token: bool | str | None = No
         ValueError: that checkpoint is no longer there, or its image processor is none of transformers.
     """
     path = file_of(model, "preprocessor_config.json", token)
-    if path is None:
-        return image_processor(model.config)
-    processor = AutoImageProcessor.from_pretrained(Path(path).parent, trust_remote_code=False)
-    vars(processor).pop("auto_map", None)
-    return processor
+    return image_processor(model.config) if path is None else load_image_processor(Path(path).parent)
 
 
 def _sample_of(model: StitchablePreTrainedModel, token: bool | str | None) -> Image.Image | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
@@ -26,7 +26,7 @@ from .architectures import create_model, describe, is_known
 from .configuration_stitchable import StitchableConfig
 from .families import FAMILIES
 from .placement import brought_in, check_device_map, device_of, entering, is_placed
-from .preprocessing import image_processor
+from .preprocessing import image_processor, load_image_processor
 from .routes import (
     AnchorShape,
     Stitch,
@@ -562,7 +562,6 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 )
 
     def _image_processor(self) -> Any:
-        path = None
         if self.name_or_path:
             try:
                 path = cached_file(
@@ -571,9 +570,15 @@ class StitchablePreTrainedModel(PreTrainedModel):
                     _raise_exceptions_for_missing_entries=False,
                     **self.hub_arguments,
                 )
+                if path is not None:
+                    return load_image_processor(Path(path).parent)
             except OSError:
                 logger.warning(f"{self.name_or_path} is no longer there; the image processor saved is timm's own")
-        return AutoImageProcessor.from_pretrained(Path(path).parent) if path else image_processor(self.config)
+            except ValueError as error:
+                logger.warning(
+                    f"the image processor saved is timm's own, as that of {self.name_or_path} is none: {error}"
+                )
+        return image_processor(self.config)
 
     def _carry_families(self, folder: str | os.PathLike) -> None:
         own = {model_class for model_class in map(type, self.anchors) if not _is_of_a_library(model_class)}

@@ -1,12 +1,27 @@
 """The image processor of a model: timm's evaluation transform in the words of transformers."""
 
 import math
+import os
 
 import timm
 from timm.data.transforms import str_to_pil_interp
-from transformers import BitImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor
 
 from .configuration_stitchable import StitchableConfig
+
+
+def load_image_processor(folder: str | os.PathLike) -> BaseImageProcessor:
+    """The image processor of a checkpoint, as one of transformers.
+
+    Code that the checkpoint names for it is not run, and not named again when it is saved.
+
+    Raises:
+        OSError: it has none.
+        ValueError: it is none of transformers.
+    """
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    vars(processor).pop("auto_map", None)
+    return processor
 
 
 def image_processor(

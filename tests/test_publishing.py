@@ -147,7 +147,7 @@ def test_a_model_that_was_not_measured_has_a_card_that_says_so(tmp_path) -> None
 
 
 def snippet_of(folder: Path) -> str:
-    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 
 
 def test_the_card_says_what_its_snippet_prints(tmp_path) -> None:
@@ -158,7 +158,7 @@ def test_the_card_says_what_its_snippet_prints(tmp_path) -> None:
     model.train()
     before = copy.deepcopy(model.state_dict())
     printed = what_it_prints(model, name)
-    assert f"it prints\n\n```text\n{printed}```\n" in (name / "README.md").read_text()
+    assert f"it prints\n\n```text\n{printed}```\n" in (name / "README.md").read_text(encoding="utf-8")
     code = snippet_of(name).replace(json.dumps("tiny-vit"), json.dumps(str(name)))
     shutil.copy(name / "sample.png", tmp_path / "image.png")
     without_package = "import sys\nsys.modules['stitchable'] = None\n"
@@ -187,7 +187,7 @@ def test_where_the_snippet_has_no_answer_the_card_gives_none(what: str, tmp_path
         for stitch in model.stitches:
             model.record(stitch.id, flops=None)
     save_repository(model, tmp_path / "model", image_processor(model.config), Card("tiny"))
-    assert "it prints" not in (tmp_path / "model" / "README.md").read_text()
+    assert "it prints" not in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
 
 
 OURS = f'---\nmodel_name: tiny\ntags:\n- a\n---\n\n# tiny\n\nload("tiny") for `tiny`\n\n{KEPT_BELOW}\n'

@@ -33,12 +33,12 @@ from stitchable import (
 )
 from stitchable.card import KEPT_BELOW, Card, as_code, in_markdown, make_card
 from stitchable.carried import run_modules
-from stitchable.cli import app
 from stitchable.conversion import convert
 from stitchable.export import metadata_of
 from stitchable.model.architectures import create_model
 from stitchable.processing import image_processor
 from stitchable.publishing import file_of, processor_of, push_folder, save_repository, update_repository
+from stitchable_cli import app
 
 FLAT = Adapter(layout=Layout.NCHW, stem=("stem",), stages=("blocks",), head=("classifier",))
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_family" / "digit_mixer.py"
@@ -61,9 +61,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     edit(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def evil(trap: Path) -> str:
@@ -103,7 +103,9 @@ def pictures(folder: Path) -> Path:
 def test_no_text_of_a_card_is_run(command: str, folder: Path, trap: Path, tmp_path: Path) -> None:
     code = f"import pathlib\npathlib.Path({str(trap)!r}).touch()"
     name = f"nice\x07\n```python\n{code}\n```\n"
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'model_name': name})}---\n\n```python\n{code}\n```\n")
+    (folder / "README.md").write_text(
+        f"---\n{yaml.safe_dump({'model_name': name})}---\n\n```python\n{code}\n```\n", encoding="utf-8"
+    )
     if command == "eval":
         run("eval", folder, pictures(tmp_path / "pictures"), "--trust-remote-code")
     else:
@@ -191,7 +193,7 @@ def test_what_needs_no_escape_has_none() -> None:
 def add_foreign_code(folder: Path, trap: Path) -> None:
     """A module below the top, and a map that names it."""
     (folder / "sub").mkdir()
-    (folder / "sub" / "evil.py").write_text(evil(trap))
+    (folder / "sub" / "evil.py").write_text(evil(trap), encoding="utf-8")
     names = ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor")
     pipelines = {"image-classification": {"impl": "evil.Evil", "pt": ["AutoModel"]}}
     change(folder / "config.json", lambda c: c.update(auto_map=dict.fromkeys(names, "sub/evil.Evil")))
@@ -202,24 +204,24 @@ def add_foreign_code(folder: Path, trap: Path) -> None:
 def test_a_foreign_map_is_neither_run_nor_saved_again(trust: dict, folder: Path, trap: Path, tmp_path: Path) -> None:
     """With the package installed, its code is used even where the checkpoint's is trusted."""
     add_foreign_code(folder, trap)
-    (folder / "modeling_stitchable.py").write_text(evil(trap))
+    (folder / "modeling_stitchable.py").write_text(evil(trap), encoding="utf-8")
     assert type(AutoConfig.from_pretrained(folder, **trust)) is StitchableConfig
     for load in (AutoModelForImageClassification, AutoModel, StitchableForImageClassification):
         model = load.from_pretrained(folder, **trust)
         assert type(model).__module__ == "stitchable.model.modeling_stitchable"
         again = tmp_path / f"again-{load.__name__}"
         model.save_pretrained(again)
-        config = json.loads((again / "config.json").read_text())
+        config = json.loads((again / "config.json").read_text(encoding="utf-8"))
         assert config["auto_map"] == StitchableConfig().auto_map
         assert "evil" not in json.dumps(config)
         assert {path.name for path in again.rglob("*.py")} == SHIPPED
-        assert all(path.read_text() != evil(trap) for path in again.rglob("*.py"))
+        assert all(path.read_text(encoding="utf-8") != evil(trap) for path in again.rglob("*.py"))
 
 
 def test_measuring_a_folder_runs_none_of_its_code(folder: Path, trap: Path) -> None:
     add_foreign_code(folder, trap)
     run("calibrate", folder, "--num-runs", 1)
-    assert json.loads((folder / "config.json").read_text())["auto_map"] == StitchableConfig().auto_map
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"] == StitchableConfig().auto_map
     with pytest.raises(ValueError, match=r"sub/evil\.py would be published, but is neither code of stitchable"):
         push_folder(folder, "someone/tiny")
     (folder / "sub" / "evil.py").unlink()
@@ -247,7 +249,7 @@ def test_foreign_code_is_not_published_by_accident(case: str, folder: Path) -> N
         change(folder / name, lambda config: config.update(content))
     else:
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content)
+        (folder / name).write_text(content, encoding="utf-8")
     if case == "a family of no anchor":
         change(folder / "config.json", lambda config: config.update(families=["evil.py"]))
     with pytest.raises(ValueError, match=f"{re.escape(name)} (would be published|names code)"):
@@ -266,8 +268,8 @@ def own_family(tmp_path: Path) -> Path:
 def test_a_family_of_ones_own_is_published(own_family: Path) -> None:
     with pytest.raises(OfflineModeIsEnabled):
         push_folder(own_family, "someone/tiny")
-    text = (own_family / "families.py").read_text()
-    (own_family / "families.py").write_text(f"{text}print(1)\n")
+    text = (own_family / "families.py").read_text(encoding="utf-8")
+    (own_family / "families.py").write_text(f"{text}print(1)\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"families\.py would be published"):
         push_folder(own_family, "someone/tiny")
 
@@ -278,7 +280,7 @@ def test_a_family_of_ones_own_is_published(own_family: Path) -> None:
 def test_families_are_files_of_the_checkpoint(file: Any, own_family: Path, trap: Path) -> None:
     (own_family / "sub").mkdir()
     for path in (own_family.parent / "evil.py", own_family / "sub" / "evil.py", own_family / "evil.txt"):
-        path.write_text(evil(trap))
+        path.write_text(evil(trap), encoding="utf-8")
 
     def name_it(config: dict) -> None:
         config["families"] = [file if file != "/evil.py" else str(own_family.parent / "evil.py")]
@@ -291,7 +293,7 @@ def test_families_are_files_of_the_checkpoint(file: Any, own_family: Path, trap:
 
 
 def test_families_are_run_only_where_they_are_trusted(own_family: Path, trap: Path) -> None:
-    (own_family / EXAMPLE.name).write_text(evil(trap))
+    (own_family / EXAMPLE.name).write_text(evil(trap), encoding="utf-8")
     change(own_family / "config.json", lambda config: config["anchors"][0].update(architecture="digit_mixer_xl"))
     with pytest.raises(ValueError, match=r"brings models of its own in digit_mixer\.py; read them and pass trust_rem"):
         StitchableForImageClassification.from_pretrained(own_family)
@@ -303,20 +305,20 @@ def test_families_are_run_only_where_they_are_trusted(own_family: Path, trap: Pa
 def test_the_code_of_an_image_processor_is_neither_run_nor_named_again(
     folder: Path, trap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "evil.py").write_text(evil(trap))
+    (folder / "evil.py").write_text(evil(trap), encoding="utf-8")
     path = folder / "preprocessor_config.json"
     change(path, lambda settings: settings.update(auto_map={"AutoImageProcessor": "evil.Evil"}))
     model = StitchableForImageClassification.from_pretrained(folder, trust_remote_code=True)
     save_repository(model, tmp_path / "again", processor_of(model), Card("again"))
     model.save_pretrained(tmp_path / "bare")
     for saved in (tmp_path / "again", tmp_path / "bare"):
-        assert "evil" not in (saved / path.name).read_text()
+        assert "evil" not in (saved / path.name).read_text(encoding="utf-8")
     change(path, lambda settings: settings.pop("image_processor_type"))
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks where nobody said no
     with pytest.raises(ValueError, match="trust_remote_code"):
         processor_of(model)
     model.save_pretrained(tmp_path / "of timm")
-    assert "BitImageProcessor" in (tmp_path / "of timm" / path.name).read_text()
+    assert "BitImageProcessor" in (tmp_path / "of timm" / path.name).read_text(encoding="utf-8")
     assert run("eval", folder, pictures(tmp_path / "pictures"), status=1).startswith("error: ")
 
 
@@ -483,7 +485,7 @@ def test_a_diverged_stitch_is_measured_saved_and_pushed(tmp_path: Path, caplog: 
     strict(json.dumps(measured))
     save_repository(model, tmp_path / "model", image_processor(model.config), Card("tiny", accuracy_before={0: np.nan}))
     for path in (tmp_path / "model").glob("*.json"):
-        assert "__float__" not in json.dumps(strict(path.read_text())), path
+        assert "__float__" not in json.dumps(strict(path.read_text(encoding="utf-8"))), path
     strict(metadata_of(model)["preprocessing"])
     with pytest.raises(OfflineModeIsEnabled):
         push_folder(tmp_path / "model", "someone/tiny")
@@ -502,15 +504,15 @@ def test_no_figure_is_infinite(value: float, folder: Path) -> None:
     config = StitchableConfig.from_pretrained(folder)
     assert config.stitches[3].keys() == {"id", "route", "layers"}
     run("calibrate", folder, "--num-runs", 1)
-    strict((folder / "config.json").read_text())
-    strict((folder / "stitches.json").read_text())
+    strict((folder / "config.json").read_text(encoding="utf-8"))
+    strict((folder / "stitches.json").read_text(encoding="utf-8"))
     with pytest.raises(OfflineModeIsEnabled):
         push_folder(folder, "someone/tiny")
 
 
 @pytest.mark.parametrize("figure", ["<b>", "1", True, [1], 10**400])
 def test_figures_of_a_config_are_numbers(figure: Any, folder: Path) -> None:
-    entry = copy.deepcopy(json.loads((folder / "config.json").read_text())["stitches"][3])
+    entry = copy.deepcopy(json.loads((folder / "config.json").read_text(encoding="utf-8"))["stitches"][3])
     for changed in ({"flops": figure}, {"latency_ms": figure}, {"metrics": {"accuracy": figure}}, {"metrics": figure}):
         change(folder / "config.json", lambda c, changed=changed: c["stitches"].__setitem__(3, {**entry, **changed}))
         with pytest.raises(ValueError, match=r"must be a number|must be figures by name"):

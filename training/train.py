@@ -250,14 +250,16 @@ class _Run:
                 self.model, self.test_loader, stitch_ids, accelerator=self.accelerator, checkpoint=partial
             )
             if self.accelerator.is_main_process:
-                known.write_text(json.dumps({"weights": weights, "figures": measured}, allow_nan=False))
+                known.write_text(
+                    json.dumps({"weights": weights, "figures": measured}, allow_nan=False), encoding="utf-8"
+                )
         else:
             for stitch_id, metrics in measured.items():
                 self.model.record(stitch_id, metrics=metrics)
         self.results[stage] = measured
         if self.accelerator.is_main_process:
             results = json.dumps(self.results, indent=1, allow_nan=False)
-            (self.recipe.run_folder / "results.json").write_text(results + "\n")
+            (self.recipe.run_folder / "results.json").write_text(results + "\n", encoding="utf-8")
         return measured
 
     def _known_figures(self, path: Path, weights: str | None) -> Metrics | None:

@@ -68,7 +68,9 @@ def carry_families(model: StitchablePreTrainedModel, classes: Iterable[type[nn.M
         (folder / path.name).write_text(text, encoding="utf-8")
         carried[name] = path
     if carried:
-        (folder / "families.py").write_text(_families_file({name: path.stem for name, path in carried.items()}))
+        (folder / "families.py").write_text(
+            _families_file({name: path.stem for name, path in carried.items()}), encoding="utf-8"
+        )
     model.config.families = sorted(path.name for path in carried.values())
 
 
@@ -79,7 +81,7 @@ def _families_file(modules: Mapping[str, str]) -> str:
         modules: name of a class -> name of the module beside it that has the class.
     """
     imports = "".join(f"from .{module} import {name}\n" for name, module in modules.items())
-    text = (_PACKAGE / "families.py").read_text().replace("\nFAMILIES", f"\n{imports}\nFAMILIES")
+    text = (_PACKAGE / "families.py").read_text(encoding="utf-8").replace("\nFAMILIES", f"\n{imports}\nFAMILIES")
     return text.replace("= ()", f"= ({', '.join(modules)},)")
 
 

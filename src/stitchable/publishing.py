@@ -113,7 +113,9 @@ def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
     if any("accuracy" in stitch.metrics for stitch in model.stitches):
         plot_stitches(model.stitches, names).savefig(folder / FIGURE)
     table = {"anchors": names, "stitches": [stitch.to_dict() for stitch in model.stitches]}
-    (folder / STITCH_TABLE).write_text(json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    (folder / STITCH_TABLE).write_text(
+        json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+    )
     for path in folder.glob(".eval_results/stitch-*.yaml"):
         path.unlink()
     for name, content in eval_results_files(model.stitches, Card.of(model.config, "").dataset).items():

@@ -105,7 +105,8 @@ def _measure(
     figures: dict[int, torch.Tensor] = {}
     with accelerator.autocast() if accelerator else nullcontext():
         for stitch_id, logits in run_stitches(model, pixel_values, ids):
-            figures[stitch_id] = rank_and_loss(logits, labels)
+            # The anchors may lie on several devices.
+            figures[stitch_id] = rank_and_loss(logits, labels.to(logits.device)).to(labels.device)
     rows = torch.stack([figures[stitch_id] for stitch_id in ids], dim=1)
     outside = (labels < 0) | (labels >= num_labels)
     rows[outside] = torch.stack([labels, torch.full_like(labels, -torch.inf, dtype=rows.dtype)], dim=1)[outside, None]

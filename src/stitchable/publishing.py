@@ -65,8 +65,8 @@ def save_repository(
     folder = Path(folder)
     check_new_folder(folder)
     card.store(model.config)
+    processor.save_pretrained(folder)  # first, or the model would look for one of its own
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
     (sample or Image.new("RGB", (64, 64), "grey")).save(folder / SAMPLE)
     _describe(model, folder)
     make_card(model, card, what_it_prints(model, folder)).save(folder / CARD)

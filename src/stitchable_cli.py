@@ -377,6 +377,9 @@ def _read(*arguments: Any, **options: Any) -> Any:
 
 
 def _load(source: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
+    if isinstance(source, Path) and not source.is_dir():
+        raise ValueError(f"there is no folder {source}")
+
     from stitchable import StitchableForImageClassification
 
     return StitchableForImageClassification.from_pretrained(

@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -79,6 +80,15 @@ def test_figures_are_recorded_in_the_table(model) -> None:
     assert model.stitches[2].metrics == {"accuracy": 0.5}
     with pytest.raises(ValueError, match="no figure"):
         model.record(2, accuracy=0.5)
+    recorded = model.record(2, flops=np.int64(3), metrics={"accuracy": np.float32(0.5), "loss": torch.tensor(0.25)})
+    assert recorded.metrics == {"accuracy": 0.5, "loss": 0.25}
+    json.dumps(model.config.stitches[2])
+    assert model.extract(2).stitch == recorded
+    for wrong in ("x", True, None, [1], 10**400, torch.ones(2)):
+        with pytest.raises(ValueError, match=r"accuracy must be a number|one number"):
+            model.record(2, metrics={"accuracy": wrong})
+    with pytest.raises(ValueError, match="metrics must be figures by name"):
+        model.record(2, metrics=None)
 
 
 def test_threads_get_the_stitch_they_ask_for(model) -> None:

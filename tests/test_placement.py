@@ -1,6 +1,7 @@
 """Models whose parts lie on other devices, on disk, or in other data types."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,29 @@ def test_what_an_offloaded_model_can_and_cannot(tmp_path: Path) -> None:
     calibrate(offloaded, num_runs=1, num_warmup_runs=0, num_verified=1)
     with pytest.raises(ValueError, match=r"weights of .* are offloaded; load this stitch alone"):
         offloaded.extract(4)
+    with pytest.raises(ValueError, match="cannot be saved; save the model before"):
+        offloaded.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gets no new classifiers"):
+        offloaded.reset_classifier(3)
+    with pytest.raises(ValueError, match="get no gradients"):
+        offloaded.train()(images("vit"))
+    offloaded.eval()
     with pytest.raises(ValueError, match=r"stitching layer 0-1\.0 are offloaded"):
         initialize_stitches(offloaded, [images("vit", 4)], num_samples=4)
+
+
+@torch.no_grad()
+def test_threads_share_an_offloaded_model() -> None:
+    model, x = make("vit"), images("vit")
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    expected = {stitch.id: model(x, stitch_id=stitch.id).logits for stitch in model.stitches}
+
+    @torch.no_grad()
+    def same(stitch_id: int) -> bool:
+        return all(torch.equal(offloaded(x, stitch_id=stitch_id).logits, expected[stitch_id]) for _ in range(5))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(same, expected))
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet-vit", "tnt"])
@@ -118,6 +140,12 @@ def test_anchors_in_data_types_of_their_own(name: str) -> None:
 def test_whole_numbers_are_no_pixel_values(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"floating-point numbers, got {dtype}; the image processor"):
         make("vit")(torch.ones(1, 3, 32, 32, dtype=dtype))
+
+
+@pytest.mark.parametrize("wrong", [[[1.0]], torch.ones(3, 32, 32), None])
+def test_what_is_no_batch_of_images_is_refused(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r"a tensor \(N, C, H, W\), got one"):
+        make("vit")(wrong)
 
 
 def test_autocast_decides_about_data_types_itself() -> None:

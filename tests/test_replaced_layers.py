@@ -124,3 +124,31 @@ def test_permanent_pruning_is_taken_over(tmp_path: Path) -> None:
     assert_same({4: model.extract(4).eval()(images("vit")).logits}, {4: expected[4]}, rtol=1e-6)
     model.save_pretrained(tmp_path)
     assert_same(logits_of(StitchableForImageClassification.from_pretrained(tmp_path), "vit"), expected, rtol=1e-6)
+
+
+def test_classifiers_and_blocks_of_other_shapes_are_not_taken_over() -> None:
+    model = make("vit")
+    model.anchors[0].reset_classifier(9)
+    with pytest.raises(ValueError, match=r"anchors\.0\.head\.weight .* has the shape \(9, 8\), by the config \(5, 8\); model\.reset_classifier"):
+        model.extract(0)
+    model = make("vit")
+    model.anchors[1].blocks[2].mlp.fc1 = torch.nn.Linear(12, 7)
+    with pytest.raises(ValueError, match=r"blocks\.2\.mlp\.fc1\.weight .* by the config \(48, 12\)$"):
+        model.extract(1)
+    model.anchors[1].blocks[2].mlp.fc1 = torch.nn.Sequential()
+    with pytest.raises(ValueError, match="a Linear there, the model a Sequential with no weights"):
+        model.extract(1)
+
+
+def test_a_block_that_was_compiled_alone_is_taken_over() -> None:
+    model = make("vit")
+    expected = model(images("vit"), stitch_id=4).logits
+    model.anchors[1].blocks[2] = torch.compile(model.anchors[1].blocks[2], backend="eager")
+    assert torch.equal(model.extract(4).eval()(images("vit")).logits, expected)
+
+
+def test_synchronised_batch_norms_are_taken_over_as_plain_ones() -> None:
+    model = make("resnet")
+    expected = logits_of(model, "resnet")[2]
+    extracted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).extract(2).eval()
+    assert torch.equal(extracted(images("resnet")).logits, expected)

@@ -25,7 +25,8 @@ def unpack_batch(batch: Any, labels: Literal["required", "optional"]) -> tuple[t
             raise ValueError(
                 f"a batch must hold 'pixel_values', it has {sorted(batch)}; the image processor makes them of images"
             )
-        images, given = batch["pixel_values"], batch.get("labels", batch.get("label"))
+        given = batch.get("label") if batch.get("labels") is None else batch["labels"]
+        images = batch["pixel_values"]
         held = f"it has {sorted(batch)}"
     elif isinstance(batch, tuple | list):
         images, given = (*batch, None, None)[:2]

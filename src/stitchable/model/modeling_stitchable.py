@@ -7,10 +7,10 @@ import copy
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -89,6 +89,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         find_stitch(self._stitches, config.stitch_id)  # again, because a config can be changed after it was checked
         self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
         self.gradient_checkpointing = False
+        self._warnings: set[str] = set()
         self.hub_arguments: dict[str, Any] = {}  # where from_pretrained looked for `name_or_path`
         self._plans = {stitch.id: _plan(stitch) for stitch in self.stitches}
         self.chains: dict[int, Chain] = {}  # of the anchors that some stitch uses
@@ -159,10 +160,13 @@ class StitchablePreTrainedModel(PreTrainedModel):
         unmeasured = sum(not is_measured(stitch, metric) for stitch in affordable)
         if unmeasured:
             chosen = "the best of the others" if is_measured(stitch, metric) else "the largest FLOPs"
-            logger.warning_once(
+            warning = (
                 f"{unmeasured} of the {len(affordable)} stitches within this budget have no measured {metric}; "
                 f"for_budget takes {chosen}. stitchable.evaluate(model, batches) measures them"
             )
+            if warning not in self._warnings:  # once for this model: budgets change while it runs
+                self._warnings.add(warning)
+                logger.warning(warning)
         return self.set_stitch(stitch.id)
 
     def record(self, stitch_id: int, **figures: Any) -> Stitch:
@@ -171,7 +175,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         A figure that is infinite or NaN, such as the loss of a diverged stitch, is left out with a warning.
 
         Raises:
-            ValueError: an unknown stitch or figure.
+            ValueError: an unknown stitch or figure, or a figure that is no number.
         """
         stitch = self._find(stitch_id)
         known = {"flops", "params", "latency_ms", "memory_mb", "metrics"}
@@ -179,7 +183,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"a stitch has no figure {sorted(set(figures) - known)}; it has {', '.join(sorted(known))}"
             )
-        recorded = replace(stitch, **figures)
+        figures = {name: _plain(value) for name, value in figures.items()}
+        recorded = Stitch.from_dict({**stitch.to_dict(), **figures})
         given = {**figures, **figures.get("metrics", {})}
         kept = {**recorded.to_dict(), **recorded.metrics, "metrics": {}}
         lost = [name for name, value in given.items() if value is not None and name not in kept]
@@ -218,6 +223,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: whole numbers, which are no pixel values yet, or a model that is split inside an anchor.
         """
+        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4:
+            found = f"of shape {tuple(pixel_values.shape)}" if isinstance(pixel_values, torch.Tensor) else pixel_values
+            raise ValueError(f"pixel values must be a tensor (N, C, H, W), got one {found!s:.80}")
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel values must be floating-point numbers, got {pixel_values.dtype}; the image processor scales "
@@ -317,8 +325,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Features between the blocks of a stitch, as timm's models give them.
 
-        There is one intermediate per block of an anchor with a single stage, and one per stage, at its end, of others
-        (the stem, which some of timm's models count as one more, is none).
+        For an anchor they are what its own `forward_intermediates` returns. Along other routes, and where an anchor has
+        no such method, there is one per block of an anchor with a single stage, and one per stage, at its end, of
+        others (the stem, which some of timm's models count as one more, is none).
 
         Args:
             pixel_values: (N, C, H, W).
@@ -334,12 +343,24 @@ class StitchablePreTrainedModel(PreTrainedModel):
             What `forward_features` returns, and the list of intermediates.
 
         Raises:
-            ValueError: indices or a format that there are not, a norm that this model does not hold, or an anchor whose
-                tokens are no grid (Hiera).
+            ValueError: indices or a format that there are not, a norm that this model does not hold or that leaves no
+                grid, or an anchor whose tokens are no grid (Hiera).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        steps = self.steps(stitch_id)
+        steps, back = self.steps(stitch_id), self._find(stitch_id).route[-1].anchor
+        if self._find(stitch_id).is_anchor and hasattr(self.anchors[back], "forward_intermediates"):
+            timm_model: TimmModel = self.anchors[back]
+            options = {"norm": norm, "stop_early": stop_early, "output_fmt": output_fmt}
+            if return_prefix_tokens and self._shapes[back].prefix_tokens:
+                options["return_prefix_tokens"] = True
+            with self._present(back):
+                return timm_model.forward_intermediates(
+                    entering(timm_model, self.start(pixel_values).pixel_values),
+                    indices=indices,
+                    intermediates_only=intermediates_only,
+                    **options,
+                )
         ends = [place for place, step in enumerate(steps) if step.kind == "block" and self._ends_something(step)]
         number = len(ends)
         wanted = range(number) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
@@ -371,10 +392,13 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if norm and (len(shape.stages) == 1 or is_last):
             if "head" not in self.parts_of_anchor(step.anchor):
                 raise ValueError(f"this model does not hold the final norm of anchor {step.anchor}; give norm=False")
+            if not all(isinstance(operation, str) for operation in self.chains[step.anchor].adapter.neck):
+                raise ValueError(f"the final norm of anchor {step.anchor} leaves no grid; give norm=False")
             flow = self.run_step(Step("neck", step.anchor), flow)
         x_NHWC = grid_of(flow.features, side)
         x = x_NHWC.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x_NHWC.flatten(1, 2)
-        return (x, flow.features[:, : side.prefix_tokens]) if return_prefix_tokens else x
+        prefix = flow.features[:, : side.prefix_tokens] if return_prefix_tokens and side.prefix_tokens else None
+        return x if prefix is None else (x, prefix)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Give every anchor a new classifier of so many classes, and the config as many labels, without names.
@@ -393,6 +417,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
             if "head" not in self.parts_of_anchor(index):
                 continue
             anchor: TimmModel = self.anchors[index]
+            if next(anchor.parameters()).is_meta:
+                raise ValueError("a model whose weights are offloaded gets no new classifiers; load it without")
             known, like = set(anchor.modules()), next(anchor.parameters())
             if hasattr(anchor, "reset_classifier"):
                 anchor.reset_classifier(num_classes)
@@ -404,7 +430,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             for module in set(anchor.modules()) - known:
                 module.to(like.device, like.dtype).train(anchor.training)  # a batch norm among them, in LeViT
         self.config.num_labels = num_classes
-        logger.warning_once("the classifiers are new; stitchable.update_costs(model) counts their FLOPs and parameters")
+        logger.warning("the classifiers are new; stitchable.update_costs(model) counts their FLOPs and parameters")
 
     # ---------------------------------------------------------------- parts
 
@@ -429,7 +455,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def extract(self, stitch_id: int | None = None) -> "StitchablePreTrainedModel":
         """A model of its own with a copy of only this stitch's weights; it saves and loads like any other.
 
-        The stitch keeps its id and its parameters keep their names.
+        The stitch keeps its id and its parameters keep their names. Hooks are not taken over.
 
         Raises:
             ValueError: not an id of this model, or parts that were replaced or changed (by adapters, pruning,
@@ -545,6 +571,12 @@ class StitchablePreTrainedModel(PreTrainedModel):
             return
         with torch.device("meta"):
             expected = type(self)(copy.deepcopy(self.config)).state_dict()
+        if any(getattr(value, "is_meta", False) for value in state_dict.values()) and not hasattr(
+            self, "hf_device_map"
+        ):
+            raise ValueError(
+                "weights that are offloaded by hooks cannot be saved; save the model before it is offloaded"
+            )
         given = {name: getattr(value, "shape", ()) for name, value in state_dict.items()}
         if set(given) != set(expected):
             name = min(set(given) ^ set(expected))
@@ -557,8 +589,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             if given[name] != tensor.shape:
                 raise ValueError(
                     f"the config does not describe these weights, so they could not be loaded again: {name} has the "
-                    f"shape {tuple(given[name])}, by the config {tuple(tensor.shape)} with {self.config.num_labels} "
-                    "classes. model.reset_classifier(num_classes) changes both"
+                    f"shape {tuple(given[name])}, by the config {tuple(tensor.shape)}{_advice(self, name)}"
                 )
 
     def _image_processor(self) -> Any:
@@ -817,6 +848,29 @@ def _restore_buffers(module: Any) -> None:
             setattr(module, name, buffer)
 
 
+def _plain(figure: Any) -> Any:
+    """A figure, or figures by name, as Python's own numbers."""
+    if isinstance(figure, Mapping):
+        return {name: _plain(value) for name, value in figure.items()}
+    item = getattr(figure, "item", None)  # of a tensor or NumPy's number
+    try:
+        return item() if callable(item) else figure
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"a figure is one number, got {figure!r}") from error
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _advice(model: Any, name: str) -> str:
+    """What to do about a weight of another shape."""
+    match = re.match(r"anchors\.(\d+)\.(.+)", name)
+    if match and model.chains[int(match[1])].part_of(match[2]) == "head":
+        return "; model.reset_classifier(num_classes) changes classifiers and config"
+    return ""
+
+
 def _counterpart(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """The submodule of a model that stands where its config has `module`.
 
@@ -824,19 +878,30 @@ def _counterpart(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
         ValueError: it is another kind of module, with other parameters, or its weights are not there.
     """
     try:
-        source: nn.Module | None = model.get_submodule(name)
+        found: Any = model.get_submodule(name)
     except AttributeError:
-        source = None
-    if source is not None and isinstance(module, nn.Identity):
+        raise ValueError(f"{name} cannot be taken over exactly: the model has none") from None
+    source = getattr(found, "_orig_mod", found)  # of a block that was compiled on its own
+    if isinstance(module, nn.Identity):
         return source  # of which the stitch needs nothing
-    needed, there = ({key for key, _ in each.named_parameters(recurse=False)} for each in (module, source or module))
-    if source is None or type(source) is not type(module) or needed - there:
-        found = f"a {type(source).__name__} with {', '.join(sorted(there)) or 'no parameters'}" if source else "none"
+    needed, there = ({key: tuple(tensor.shape) for key, tensor in _tensors(each)} for each in (module, source))
+    synchronised = (
+        isinstance(source, nn.SyncBatchNorm) and type(module) is nn.BatchNorm2d
+    )  # for training on many devices
+    same_kind = type(source) is type(module) or synchronised
+    if not same_kind or not needed.keys() <= there.keys():
         raise ValueError(
-            f"{name} cannot be taken over exactly: the config has a {type(module).__name__} there, the model {found}. "
-            "Merge the adapters first (merge_and_unload), make pruning permanent (torch.nn.utils.prune.remove), "
-            "or extract the stitch before the model is quantised"
+            f"{name} cannot be taken over exactly: the config has a {type(module).__name__} there, the model a "
+            f"{type(source).__name__} with {', '.join(sorted(there)) or 'no weights'}. Merge the adapters first "
+            "(merge_and_unload), make pruning permanent (torch.nn.utils.prune.remove), extract before layers are "
+            "quantised or replaced"
         )
+    for key, shape in needed.items():
+        if there[key] != shape:
+            raise ValueError(
+                f"{name}.{key} cannot be taken over exactly: it has the shape {there[key]}, by the config {shape}"
+                f"{_advice(model, f'{name}.{key}')}"
+            )
     if any(tensor.is_meta for tensor in source.parameters(recurse=False)):
         raise ValueError(
             f"the weights of {name} are offloaded; load this stitch alone with from_pretrained(..., stitch_id=)"

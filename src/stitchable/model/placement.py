@@ -1,6 +1,7 @@
 """Where the parts of a model are, and in which data type: features follow, and weights that accelerate offloads."""
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_LOCK = threading.RLock()  # two threads would take the weights from each other
 _PLACED = re.compile(r"|anchors(\.\d+)?|stitching_layers(\..+)?")
 
 
@@ -44,7 +46,14 @@ def brought_in(modules: Iterable[nn.Module]) -> Iterator[None]:
     and some of timm's modules use the weights of others (BEiT those of its `qkv`) or have other methods (rotary
     embeddings).
     """
+    with _LOCK:
+        yield from _held(modules)
+
+
+def _held(modules: Iterable[nn.Module]) -> Iterator[None]:
     held = [(hook, module) for module in modules for hook in _hooks(module) if getattr(hook, "offload", False)]
+    if held and torch.is_grad_enabled() and any(module.training for _, module in held):
+        raise ValueError("offloaded weights get no gradients, so such a model cannot be trained; call model.eval()")
     for hook, module in held:
         hook.pre_forward(module)
         hook.offload = False  # or the module's own forward would bring them in again, and leave nothing to others

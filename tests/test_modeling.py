@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -276,6 +277,34 @@ def test_an_extracted_stitch_compiles_into_one_graph(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(x).logits, extracted(x).logits)
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile, while it looks at a block
+def test_every_block_is_compiled_and_drops_paths_at_its_own_rate() -> None:
+    """Each rate is a version of the code that blocks share, of which torch makes 8 unless it is told otherwise."""
+    kwargs = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "depth": 6, "drop_path_rate": 0.9}
+    anchors = [{"architecture": "vit_tiny_patch16_224", "kwargs": {**kwargs, "depth": depth}} for depth in (6, 7)]
+    model = StitchableForImageClassification.from_anchors(anchors, num_labels=3, pretrained=False).train()
+    x = torch.randn(16, 3, 8, 8)
+
+    def draw() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        return [model(x, stitch_id=anchor).logits for anchor in (0, 1)]
+
+    expected, calls = draw(), []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        return lambda *arguments: calls.append(graph) or graph(*arguments)
+
+    # Torch's own, which one of timm's optimisers raises for the whole process where it is imported after dynamo.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        model.compile_blocks(backend=count)
+        compiled = draw()
+    torch.compiler.reset()
+    assert len(calls) == 13  # each block, once
+    assert len(set(calls)) == 11  # of a rate each; the first and the last of both anchors have the same
+    for ours, theirs in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_extraction_copies_and_keeps_what_it_copies(model) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -260,6 +260,33 @@ class Stepper:
         self.training.train_mode()
         losses = [float(self.training.step(step, batches, 1)) for step in (first, first + 1)]
         return {*self.sampler.draw(first), *self.sampler.draw(first + 1)}, losses
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile, while it looks at a block
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_block_of_a_recipe_is_compiled(name: str, teacher: str) -> None:
+    """In training and evaluation, at full depth; without a break in a graph, for `fullgraph` raises at one."""
+    model = make_model(reduced(name, teacher), LABELS)
+    calls: list[nn.Module] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        return lambda *arguments: calls.append(graph) or graph(*arguments)
+
+    torch.compiler.reset()
+    # Torch's own, which one of timm's optimisers raises for the whole process where it is imported after dynamo.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        model.compile_blocks(backend=count, fullgraph=True, dynamic=False)  # quicker than with sizes as symbols
+        blocks = [module for module in model.modules() if module._compiled_call_impl is not None]
+        for training in (True, False):
+            model.train(training)
+            x = torch.randn(2, 3, *model.config.image_size)
+            calls.clear()
+            with torch.set_grad_enabled(training):
+                for anchor in range(len(model.anchors)):
+                    model(x, stitch_id=anchor)
+            assert len(calls) == len(blocks)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -443,11 +443,18 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block of each anchor in place, with the arguments of `torch.compile`.
 
-        Compiled whole, the model would be compiled anew for every stitch; blocks of one anchor share their code.
+        Compiled whole, the model would be compiled anew for every stitch; blocks that are alike share their code.
         """
-        for number, chain in self.chains.items():
-            for module in chain.modules_of_blocks(self.anchors[number]).values():
-                module.compile(**options)
+        blocks = [
+            module
+            for number, chain in self.chains.items()
+            for module in chain.modules_of_blocks(self.anchors[number]).values()
+        ]
+        # Torch counts the versions of all blocks of a class together and gives up beyond 8, but every rate of drop path
+        # makes a version of its own: so 8 for each block.
+        options = {"recompile_limit": 8 * len(blocks), **options}
+        for block in blocks:
+            block.compile(**options)
 
     # ---------------------------------------------------------------- taking a stitch out
 

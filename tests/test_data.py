@@ -140,7 +140,8 @@ def changed(data: Data, **changes) -> Data:
 
 def make_loader(data: Data, config, processor, augmentation=PLAIN, dataset=None, **options) -> TrainingLoader:
     smoothing = options.pop("label_smoothing", 0.0)
-    settings = {"batch_size": 6, "batches_per_epoch": 6, "seed": 0, "accelerator": Accelerator(cpu=True), **options}
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=options.pop("gradient_accumulation_steps", 1))
+    settings = {"batch_size": 6, "batches_per_epoch": 6, "seed": 0, "accelerator": accelerator, **options}
     schedule = Schedule(epochs=1, batch_size=6, learning_rate=1.0, label_smoothing=smoothing, augmentation=augmentation)
     dataset = load_data(data).train if dataset is None else dataset
     return make_training_loader(dataset, data, schedule, config, processor, **settings)
@@ -311,6 +312,21 @@ def test_workers_do_not_change_an_epoch_but_seeds_do(kind, tmp_path, config, pro
     )
     torch.testing.assert_close(second, first, rtol=0, atol=0)
     assert not torch.equal(first["labels"], other["labels"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", ["images", "stream"])
+def test_accumulated_gradients_do_not_change_an_epoch(kind, num_workers, tmp_path, config, processor) -> None:
+    """Half a batch at a time are the same images, augmented in the same ways."""
+    write, changes, augmentation = KINDS[kind]
+    data = changed(write(tmp_path), num_workers=num_workers, **changes)
+    dataset = load_data(data).train
+    whole = joined(make_loader(data, config, processor, augmentation, dataset).epoch(1))
+    options = {"batch_size": 3, "batches_per_epoch": 12, "gradient_accumulation_steps": 2}
+    halves = make_loader(data, config, processor, augmentation, dataset, **options)
+    torch.testing.assert_close(joined(halves.epoch(1)), whole, rtol=0, atol=0)
+    rest = {key: values[18:] for key, values in whole.items()}
+    torch.testing.assert_close(joined(halves.epoch(1, 6)), rest, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2, 3])

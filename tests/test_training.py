@@ -22,7 +22,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
-from checkpoints import Checkpoints, RunStopped
+from agreement import RunStopped
+from checkpoints import Checkpoints, check_same_processes, check_same_recipe, read_progress, write_recipe
 from data import make_test_loader
 from plan import make_accelerator
 from recipe import load_recipe
@@ -51,6 +52,10 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> None:
     """Accelerate keeps its state for the whole process; each run here is a new one."""
+    _fresh()
+
+
+def _fresh() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -321,7 +326,7 @@ def test_mixed_precision(tmp_path, monkeypatch) -> None:
 def test_training_the_stitching_layers_alone_leaves_the_anchors_as_they_were(tmp_path) -> None:
     overrides = [f"output={tmp_path / 'run'}", *TINY, "training.trainable=stitching_layers"]
     model = run(load_recipe(DIGITS, overrides))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    _fresh()
     untrained = run(load_recipe(DIGITS, [*overrides, f"output={tmp_path / 'untrained'}", "training.epochs=0"]))
     expected = untrained.state_dict()
     differing = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, expected[name])}
@@ -338,7 +343,7 @@ PLAIN = [*TINY, "training.clip=null", "training.optimizer=sgd", "training.optimi
 def alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "run"
     run(load_recipe(DIGITS, [f"output={folder}", *PLAIN]))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    _fresh()
     return folder
 
 
@@ -368,6 +373,42 @@ def test_however_it_is_launched_it_is_the_same_training(name: str, alone: Path, 
     assert [line.split("\t")[:3] for line in lines[0]] == [line.split("\t") for line in lines[1]]
 
 
+def test_a_run_resumed_with_accumulated_gradients_is_the_same_training(tmp_path) -> None:
+    """From a checkpoint after an odd number of steps, so that a step could take halves of two batches."""
+    overrides = [*PLAIN, "training.augmentation={}", "training.learning_rate=0.1", "checkpoints={every: 3, keep: 9}"]
+    run(load_recipe(DIGITS, [f"output={tmp_path / 'whole'}", *overrides]))
+    run_folder = tmp_path / "parts-run"
+    shutil.copytree(tmp_path / "whole-run", run_folder)
+    for path in [*run_folder.glob("checkpoint-*[!3]"), *run_folder.glob("evaluation-*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert [path.name for path in run_folder.glob("checkpoint-*")] == ["checkpoint-00-00000003"]
+    _fresh()
+    overrides = [f"output={tmp_path / 'parts'}", *overrides, "gradient_accumulation_steps=2"]
+    run(load_recipe(DIGITS, overrides), resume=True)
+    expected = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "parts").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    assert (run_folder / "draws.tsv").read_text() == (tmp_path / "whole-run" / "draws.tsv").read_text()
+
+
+def test_what_may_change_when_a_run_is_resumed(tmp_path) -> None:
+    """A stream is dealt out to its workers: with others, some images of the epoch would come twice and others never."""
+    data = ["data.dataset=imagefolder", f"data.files={tmp_path}", "data.class_names=[a, b]", "data.in_memory=false"]
+    data += ["pretraining=null", "training.augmentation={}", f"output={tmp_path / 'run'}"]
+    streamed = [*data, "data.streaming=true", "data.num_train_images=64"]
+    changes = ["data.num_workers=2", "gradient_accumulation_steps=2", "evaluation.batch_size=7"]
+    write_recipe(load_recipe(DIGITS, data))
+    check_same_recipe(load_recipe(DIGITS, [*data, *changes]))
+    write_recipe(load_recipe(DIGITS, streamed))
+    check_same_recipe(load_recipe(DIGITS, [*streamed, *changes[1:]]))
+    with pytest.raises(ValueError, match=r"of another recipe: data\.num_workers is 2, was 0$"):
+        check_same_recipe(load_recipe(DIGITS, [*streamed, *changes]))
+    checkpoint = Checkpoints(tmp_path, keep=1).save(make_accelerator(), 0, 7, {})
+    check_same_processes(read_progress(checkpoint), 1)
+    with pytest.raises(ValueError, match="dealt out to 1 processes, so that with 2 some images would come twice"):
+        check_same_processes(read_progress(checkpoint), 2)
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path) -> None:
     message = r"training.batch_size=64 images cannot be shared equally by 1 processes with 3 .*; take a multiple of 3"
     with pytest.raises(ValueError, match=message):
@@ -380,7 +421,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch) -> None:
     run(recipe)
     table = (tmp_path / "run" / "stitches.json").read_text(encoding="utf-8")
     shutil.rmtree(tmp_path / "run")
-    AcceleratorState._reset_state(reset_partial_state=True)
+    _fresh()
     evaluated = []
     monkeypatch.setattr("train.evaluate", lambda *arguments, **options: evaluated.append(arguments))
     run(recipe, resume=True)

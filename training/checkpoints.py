@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
+from agreement import RunStopped, all_or_none
 from recipe import Recipe
-
-
-class RunStopped(RuntimeError):
-    """The run cannot or shall not go on; the message says why, and from where it can be resumed."""
 
 
 class Checkpoints:
@@ -37,7 +35,7 @@ class Checkpoints:
         return max(self.folder.glob("checkpoint-*[0-9]"), default=None)
 
     def save(self, accelerator: Accelerator, phase: int, step: int, results: Mapping[str, Any]) -> Path:
-        """Write the state of everything that Accelerate knows, on all processes.
+        """Write the state of everything that Accelerate knows, on all processes, if the main one has not done so.
 
         Args:
             accelerator: whose state is written.
@@ -46,29 +44,31 @@ class Checkpoints:
             results: what was measured until now; JSON types.
 
         Raises:
-            RunStopped: it cannot be written.
+            RunStopped: it cannot be written, by one of the processes; on all of them.
         """
         target = self.folder / f"checkpoint-{phase:02d}-{step:08d}"
         partial = self.folder / f"{target.name}.partial"
-        if target.exists():
+        (is_there,) = broadcast_object_list([target.exists()])  # as the main process sees it
+        if is_there:
             return target
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         accelerator.wait_for_everyone()
         try:
-            accelerator.save_state(str(partial))
-            if accelerator.is_main_process:
-                progress = {"phase": phase, "step": step, "results": results}
-                (partial / "progress.json").write_text(json.dumps(progress, allow_nan=False), encoding="utf-8")
+            with all_or_none():
+                accelerator.save_state(str(partial))
+                if accelerator.is_main_process:
+                    processes = accelerator.num_processes
+                    progress = {"phase": phase, "step": step, "num_processes": processes, "results": results}
+                    (partial / "progress.json").write_text(json.dumps(progress, allow_nan=False), encoding="utf-8")
+            with all_or_none():
+                if accelerator.is_main_process:
+                    os.replace(partial, target)
+                    for old in sorted(self.folder.glob("checkpoint-*[0-9]"))[: -self.keep]:
+                        shutil.rmtree(old)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunStopped(f"{target} cannot be written: {error}. {self.how_to_resume()}") from error
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            os.replace(partial, target)
-            for old in sorted(self.folder.glob("checkpoint-*[0-9]"))[: -self.keep]:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
         return target
 
     def how_to_resume(self) -> str:
@@ -78,13 +78,15 @@ class Checkpoints:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Phase, step and results of a checkpoint."""
+    """Phase, step, number of processes and results of a checkpoint."""
     return json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
 
 
-# What may change between the parts of a run, for it changes no weight.
+# What may change between the parts of a run, for the same stitches go on with the same images.
 _FREE = ("name", "output", "trackers", "checkpoints", "evaluation", "gradient_accumulation_steps")
 _FREE += ("data.num_workers", "data.on_corrupt_image")
+# Not of a stream, which is dealt out to the workers: some images would come twice and others never.
+_NOT_OF_STREAMS = ("data.num_workers",)
 
 
 def check_same_recipe(recipe: Recipe) -> None:
@@ -96,14 +98,28 @@ def check_same_recipe(recipe: Recipe) -> None:
     path = recipe.run_folder / "recipe.yaml"
     if not path.exists():
         raise ValueError(f"there is no run to resume in {recipe.run_folder}")
+    free = set(_FREE) - set(_NOT_OF_STREAMS if recipe.data.streaming else ())
     theirs, ours = flatten(OmegaConf.to_container(OmegaConf.load(path))), flatten(recipe.model_dump())
     differing = [
         f"{key} is {ours.get(key)!r}, was {theirs.get(key)!r}"
         for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
+        if ours.get(key) != theirs.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
     ]
     if differing:
         raise ValueError(f"{recipe.run_folder} is a run of another recipe: {'; '.join(differing)}")
+
+
+def check_same_processes(progress: Mapping[str, Any], num_processes: int) -> None:
+    """Refuse to resume the run of a stream, which is dealt out to the processes, on another number of them.
+
+    Raises:
+        ValueError: names both numbers.
+    """
+    if progress["num_processes"] != num_processes:
+        raise ValueError(
+            f"the stream was dealt out to {progress['num_processes']} processes, so that with {num_processes} some "
+            "images would come twice and others never; resume with as many as before"
+        )
 
 
 def check_no_run(recipe: Recipe) -> None:

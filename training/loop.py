@@ -16,7 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm.auto import tqdm
 
-from checkpoints import Checkpoints, RunStopped
+from agreement import RunStopped, all_or_none
+from checkpoints import Checkpoints
 from data import TrainingLoader
 from losses import StitchLoss
 from optimization import clip_gradients, make_optimizer, make_scheduler, parameter_groups
@@ -142,6 +143,9 @@ class Loop:
         self.state.parts = {"scheduler": scheduler, "images": loader} | ({"average": average} if average else {})
         if resume_from:
             accelerator.load_state(str(resume_from))
+            # A checkpoint lies between two optimiser steps, however many backward passes each has now; Accelerate would
+            # go on counting those of before, and make a step of halves of two batches.
+            accelerator.step = 0
         training = Training(self, phase, wrapped, optimizer, scheduler, average, steps_per_epoch)
         with self._catch_interrupts(), self._draws(phase, first_step) as log:
             try:
@@ -161,8 +165,9 @@ class Loop:
         Raises:
             RunStopped: it cannot be written, or a weight is not finite.
         """
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise RunStopped(f"{phase.title}: weights are not finite. {self.checkpoints.how_to_resume()}")
+        with all_or_none():  # of sharded weights, each process sees a part
+            if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+                raise RunStopped(f"{phase.title}: weights are not finite. {self.checkpoints.how_to_resume()}")
         self.checkpoints.save(self.accelerator, phase.number, step, self.results)
         self._saved_at = time.monotonic()
 

@@ -4,7 +4,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,7 @@ import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import (
-    DistributedType,
-    InitProcessGroupKwargs,
-    get_cpu_distributed_information,
-    parse_flag_from_env,
-)
+from accelerate.utils import DistributedType, get_cpu_distributed_information, parse_flag_from_env
 
 from augmentation import make_image_transform, make_mixup
 from data import make_processor
@@ -78,15 +72,13 @@ def make_accelerator(
             raise ValueError(f"the tracker {tracker!r} is not installed; Accelerate knows {known}")
     # DDP must be told that a step leaves parameters out, or it silently stops averaging gradients.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    # The others wait while one prepares the data or measures throughput, longer than the default of ten minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, Accelerate makes a process group of torchrun's processes only if told to stay on the CPU.
     on_cpu = num_processes > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpu,
         gradient_accumulation_steps=gradient_accumulation_steps,
-        kwargs_handlers=[unused, patience],
+        kwargs_handlers=[unused],
         log_with=list(trackers) or None,
         project_dir=folder,
     )

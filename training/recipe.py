@@ -281,7 +281,8 @@ class Recipe(_Section):
         pretraining: trains each anchor alone on the data before they are stitched.
         trackers: by the names of Accelerate, such as tensorboard, wandb.
         gradient_accumulation_steps: backward passes that share the batch of an optimiser step, where a process cannot
-            take its part of it at once. Only batch norms and the pairs of mixup see the smaller batches.
+            take its part of it at once. Only batch norms, the pairs of mixup and what is drawn for a batch as a whole
+            (drop path, augmentation in memory) see the smaller batches.
     """
 
     name: str

@@ -24,8 +24,9 @@ SHUFFLE_BUFFER = 1000  # images among which the next is drawn, per worker
 class Stream:
     """The source of a stream of shards, which are dealt out to processes, and in each of them to workers.
 
-    A worker gives chunks of `batch_size` images, the last one what is left; the chunks come in turns and are cut anew,
-    so that no image is lost between workers. A resumed epoch passes over what came before without decoding it.
+    A worker gives chunks of as many images as its process has in an optimiser step, the last one what is left; the
+    chunks come in turns and are cut anew, so that no image is lost between workers, and the images are the same ones
+    however many gradients are accumulated. A resumed epoch passes over what came before without decoding it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Stream:
         """Arguments as of `data.make_training_loader`; `transform` makes pixel values of an image."""
         self.dataset, self.data, self.transform, self.seed = dataset, data, transform, seed
         self.batch_size, self.batches_per_epoch, self.accelerator = batch_size, batches_per_epoch, accelerator
+        self.chunk_size = batch_size * accelerator.gradient_accumulation_steps
 
     def __call__(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on."""
@@ -71,9 +73,9 @@ class Stream:
         share = split_dataset_by_node(shuffled, process, num_processes)
         num_workers = min(self.data.num_workers, share.num_shards)
         # Workers take turns, so that of the chunks before the start each has given at least so many.
-        chunks_passed = num_passed // (self.batch_size * max(1, num_workers))
+        chunks_passed = num_passed // (self.chunk_size * max(1, num_workers))
         key = (self.seed, "stream", epoch, lap, process)
-        chunks = _Chunks(share, self.transform, self.data.on_corrupt_image, self.batch_size, chunks_passed, key)
+        chunks = _Chunks(share, self.transform, self.data.on_corrupt_image, self.chunk_size, chunks_passed, key)
         return DataLoader(
             chunks,
             batch_size=None,
@@ -85,13 +87,13 @@ class Stream:
 
 
 class _Chunks(torch.utils.data.IterableDataset):
-    """The share of a worker in chunks of `batch_size` images; for the first `num_passed` of them only their sizes."""
+    """The share of a worker in chunks of `size` images; for the first `num_passed` of them only their sizes."""
 
     def __init__(
-        self, rows: IterableDataset, transform: Callable, on_corrupt: str, batch_size: int, num_passed: int, key: tuple
+        self, rows: IterableDataset, transform: Callable, on_corrupt: str, size: int, num_passed: int, key: tuple
     ) -> None:
         self.rows, self.transform, self.on_corrupt = rows, transform, on_corrupt
-        self.batch_size, self.num_passed, self.key = batch_size, num_passed, key
+        self.size, self.num_passed, self.key = size, num_passed, key
 
     def __iter__(self) -> Iterator[Batch | int]:
         info = get_worker_info()
@@ -99,7 +101,7 @@ class _Chunks(torch.utils.data.IterableDataset):
         rows = iter(self.rows)
         before: list[dict] = []
         for number in count():
-            chunk = list(islice(rows, self.batch_size))
+            chunk = list(islice(rows, self.size))
             if not chunk:
                 return
             yield len(chunk) if number < self.num_passed else self._augmented(chunk, before, (worker, number))

@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
+from agreement import RunStopped, all_or_none
 from checkpoints import (
     Checkpoints,
-    RunStopped,
     check_no_run,
+    check_same_processes,
     check_same_recipe,
     flatten,
     read_progress,
@@ -80,22 +81,22 @@ def run(recipe: Recipe, resume: bool = False) -> StitchableForImageClassificatio
         RunStopped: the training was interrupted or its loss is not finite.
     """
     accelerator = make_accelerator(recipe.trackers, recipe.run_folder, recipe.gradient_accumulation_steps)
-    check_plan(recipe, accelerator)
-    if accelerator.is_main_process:
-        check_new_folder(Path(recipe.output))
-        if resume:
-            check_same_recipe(recipe)
-        else:
-            check_no_run(recipe)
-    accelerator.wait_for_everyone()
+    with all_or_none():
+        check_plan(recipe, accelerator)
+        if accelerator.is_main_process:
+            check_new_folder(Path(recipe.output))
+            if resume:
+                check_same_recipe(recipe)
+            else:
+                check_no_run(recipe)
     prepared = _Run(recipe, accelerator, resume)
-    if accelerator.is_main_process:
-        write_recipe(recipe)  # not before: a run that could not be prepared leaves nothing to resume
     settings = flatten(recipe.model_dump()).items()
     simple = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings}
-    accelerator.init_trackers(recipe.name, config=simple)
+    with all_or_none():
+        if accelerator.is_main_process:
+            write_recipe(recipe)  # not before: a run that could not be prepared leaves nothing to resume
+        accelerator.init_trackers(recipe.name, config=simple)
     model = prepared.finish()
-    accelerator.wait_for_everyone()
     accelerator.end_training()
     return model
 
@@ -105,26 +106,26 @@ class _Run:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, resume: bool) -> None:
         self.recipe, self.accelerator, self.say = recipe, accelerator, accelerator.print
-        set_seed(recipe.seed)  # the same weights on every process
         self.say(f"1/6 data: {recipe.data.dataset}")
-        with accelerator.local_main_process_first():
-            self.data: Splits = load_data(recipe.data)
-        self.num_images = recipe.data.num_train_images if recipe.data.streaming else len(self.data.train)
-        check_sizes(recipe, self.num_images)
-        self.model = make_model(recipe, self.data.class_names)
-        self.model.to(accelerator.device)
+        self.teacher = None
+        # One process of a machine downloads and prepares what all use, which may take hours; the others find it done.
+        for is_turn_of_first in (True, False):
+            with all_or_none(patiently=True):
+                if accelerator.is_local_main_process == is_turn_of_first:
+                    self._load()
         # From here on each process draws in its own way (drop path).
         set_seed(recipe.seed, device_specific=True)
         self.processor: BaseImageProcessor = make_processor(recipe.data, self.model.config)
         self.test_loader: DataLoader = make_test_loader(
             self.data.test, recipe.data, self.processor, recipe.evaluation.batch_size, accelerator
         )
-        self.teacher = None
-        if recipe.distillation and recipe.distillation.teacher:
-            self.teacher = load_teacher(recipe.distillation.teacher, self.model.config).to(accelerator.device)
-        self.checkpoints = Checkpoints(recipe.run_folder, recipe.checkpoints.keep)
+        # The other processes may have working directories of their own.
+        (folder,) = broadcast_object_list([recipe.run_folder.absolute()])
+        self.checkpoints = Checkpoints(folder, recipe.checkpoints.keep)
         self.checkpoint = self._agree_on_checkpoint() if resume else None
         progress = read_progress(self.checkpoint) if self.checkpoint else {"phase": -1, "step": 0, "results": {}}
+        if self.checkpoint and recipe.data.streaming:
+            check_same_processes(progress, accelerator.num_processes)
         self.phase_of_checkpoint, self.step_of_checkpoint = progress["phase"], progress["step"]
         state = PhaseState()
         accelerator.register_for_checkpointing(state)
@@ -132,10 +133,24 @@ class _Run:
         self.loop.results = self.results = {stage: _by_id(figures) for stage, figures in progress["results"].items()}
         self.anchors = [stitch.id for stitch in self.model.stitches if stitch.is_anchor]
 
+    def _load(self) -> None:
+        """Data, model and teacher."""
+        recipe, device = self.recipe, self.accelerator.device
+        self.data: Splits = load_data(recipe.data)
+        self.num_images = recipe.data.num_train_images if recipe.data.streaming else len(self.data.train)
+        check_sizes(recipe, self.num_images)
+        set_seed(recipe.seed)  # the same weights on every process
+        self.model = make_model(recipe, self.data.class_names).to(device)
+        if recipe.distillation and recipe.distillation.teacher:
+            self.teacher = load_teacher(recipe.distillation.teacher, self.model.config).to(device)
+
     def _agree_on_checkpoint(self) -> Path | None:
         (checkpoint,) = broadcast_object_list([self.checkpoints.latest()])
-        if checkpoint and not checkpoint.exists():
-            raise ValueError(f"{checkpoint} is not there on every machine: to resume, they must share the run folder")
+        with all_or_none():
+            if checkpoint and not checkpoint.exists():
+                raise ValueError(
+                    f"{checkpoint} is not there on every machine: to resume, they must share the run folder"
+                )
         return checkpoint
 
     def finish(self) -> StitchableForImageClassification:
@@ -149,8 +164,9 @@ class _Run:
         self.say("5/6 evaluating")
         trained = self.measure(self.recipe.evaluation.stitches, "trained")
         self.say(f"    {_summary(trained, self.anchors)}")
-        if self.accelerator.is_main_process:
-            self.publish()
+        with all_or_none(patiently=True):  # throughput takes seconds for each stitch
+            if self.accelerator.is_main_process:
+                self.publish()
         return self.model
 
     def pretrain(self) -> None:
@@ -249,26 +265,26 @@ class _Run:
             measured = evaluate(
                 self.model, self.test_loader, stitch_ids, accelerator=self.accelerator, checkpoint=partial
             )
-            if self.accelerator.is_main_process:
-                known.write_text(
-                    json.dumps({"weights": weights, "figures": measured}, allow_nan=False), encoding="utf-8"
-                )
         else:
             for stitch_id, metrics in measured.items():
                 self.model.record(stitch_id, metrics=metrics)
         self.results[stage] = measured
-        if self.accelerator.is_main_process:
-            results = json.dumps(self.results, indent=1, allow_nan=False)
-            (self.recipe.run_folder / "results.json").write_text(results + "\n", encoding="utf-8")
+        with all_or_none():
+            if self.accelerator.is_main_process:
+                figures = json.dumps({"weights": weights, "figures": measured}, allow_nan=False)
+                known.write_text(figures, encoding="utf-8")
+                results = json.dumps(self.results, indent=1, allow_nan=False)
+                (self.recipe.run_folder / "results.json").write_text(results + "\n", encoding="utf-8")
         return measured
 
     def _known_figures(self, path: Path, weights: str | None) -> Metrics | None:
         """What an earlier part of the run measured of the very same weights, as the main process finds it."""
         figures = None
-        if self.accelerator.is_main_process and path.exists():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            if known["weights"] == weights:
-                figures = _by_id(known["figures"])
+        with all_or_none():
+            if self.accelerator.is_main_process and path.exists():
+                known = json.loads(path.read_text(encoding="utf-8"))
+                if known["weights"] == weights:
+                    figures = _by_id(known["figures"])
         (figures,) = broadcast_object_list([figures])
         return figures
 

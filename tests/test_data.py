@@ -228,6 +228,42 @@ def test_labels_outside_the_classes_are_found_before_training(labels, class_name
         load_data(data)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_imagenet_s_numbers_become_words(streaming, tmp_path) -> None:
+    wnids = ["n01440764", "n01443537", "n02012849", "n03126707"]
+    words = ["tench, Tinca tinca", "goldfish, Carassius auratus", "crane", "crane2"]
+    labels = [wnids[number % 4] for number in range(NUM_IMAGES)]
+    strings = write_parquet(tmp_path, labels, num_files=1)
+    options = {"streaming": True, "num_train_images": NUM_IMAGES, "class_names": wnids} if streaming else {}
+    for number, wnid in enumerate(wnids):
+        for split in ("train", "test"):
+            (tmp_path / "folder" / split / wnid).mkdir(parents=True)
+            scan(number).save(tmp_path / "folder" / split / wnid / "1.png")
+    folder = Data(dataset="imagefolder", files=str(tmp_path / "folder"))
+    for data, number_of in ((strings, lambda number: number % 4), (folder, lambda number: number)):
+        splits = load_data(changed(data, **options))
+        assert splits.class_names == words
+        assert [row["label"] for row in splits.train] == [number_of(number) for number, _ in enumerate(splits.train)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_are_taken_for_the_classes_of_the_model(streaming, tmp_path, caplog) -> None:
+    data = write_parquet(tmp_path, [label_of(number) for number in range(NUM_IMAGES)], num_files=1)
+    data = changed(data, **({"streaming": True, "num_train_images": NUM_IMAGES} if streaming else {}))
+    splits = load_data(data, CLASSES)
+    assert splits.class_names == CLASSES
+    assert [row["label"] for row in splits.train] == [label_of(number) for number in range(NUM_IMAGES)]
+    assert "does not name its classes; they are taken for the model's own 5" in caplog.text
+    with pytest.raises(ValueError, match=r"does not name its classes: give data\.class_names"):
+        load_data(data)
+    if streaming:
+        with pytest.raises(ValueError, match=r"the label 4, image 4\.png is none of the 4 classes"):
+            list(load_data(data, CLASSES[:4]).train)
+    else:
+        with pytest.raises(ValueError, match=r"of which it has 5, and the model 6: give data\.class_names"):
+            load_data(data, [*CLASSES, "fox"])
+
+
 def test_a_column_that_holds_no_images_is_named(tmp_path) -> None:
     data = changed(write_parquet(tmp_path, [0] * NUM_IMAGES), image_column="kind", class_names=CLASSES)
     with pytest.raises(ValueError, match=r"^data.image_column: kind does not hold images"):
@@ -471,7 +507,7 @@ def test_two_processes_share_the_epoch_of_one(tmp_path, config, processor) -> No
     (tmp_path / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["tests/distributed_data.py", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "training")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'training'}{os.pathsep}{ROOT / 'src'}"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]

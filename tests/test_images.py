@@ -94,6 +94,23 @@ def test_more_than_sixteen_bits_are_clipped_not_wrapped() -> None:
     assert np.array_equal(shown[1:], np.asarray(grey.convert("RGB"))[1:])
 
 
+WNIDS = ["n01440764", "n01443537", "n02012849", "n03126707"]
+WORDS = ["tench, Tinca tinca", "goldfish, Carassius auratus", "crane", "crane2"]
+
+
+@pytest.mark.parametrize("names", [WORDS, WNIDS])
+@pytest.mark.parametrize("folders", [WORDS, WNIDS])
+def test_folders_of_imagenet_s_numbers_are_the_classes_of_their_words(names, folders, tmp_path) -> None:
+    for number, folder in enumerate(folders):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        Image.new("RGB", (4, 4), (number,) * 3).save(tmp_path / "images" / folder / "1.png")
+    model = make("vit", id2label=dict(enumerate(["n01484850" if names is WNIDS else "other", *reversed(names)])))
+    processor = image_processor(model.config, crop_pct=1.0)
+    (batch,) = read_batches(str(tmp_path / "images"), processor, config=model.config, seed=None)
+    brightness = batch["pixel_values"].mean((1, 2, 3)).argsort()
+    assert batch["labels"][brightness].tolist() == [4, 3, 2, 1]
+
+
 @pytest.fixture
 def sorted_by_class(tmp_path) -> Path:
     """A hundred black, a hundred grey, and a hundred white images, in folders of these names."""

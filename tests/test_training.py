@@ -18,9 +18,13 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
+from timm.data import ImageNetInfo
+from transformers import pipeline
 
 from agreement import RunStopped
 from checkpoints import Checkpoints, check_same_processes, check_same_recipe, read_progress, write_recipe
@@ -29,6 +33,7 @@ from plan import make_accelerator
 from recipe import load_recipe
 from sources import load_data
 from stitchable import StitchableForImageClassification, evaluate
+from stitchable.imagenet import in_words
 from stitchable.processing import image_processor
 from stitchable.publishing import push_folder
 from train import run
@@ -314,6 +319,32 @@ def test_a_folder_of_images_with_unreadable_ones(streaming: bool, tmp_path, caps
     assert "test/cat/0.jpg" in caplog.text
     correct = model.stitches[0].metrics["accuracy"] * 10  # of 12 test images
     assert correct == pytest.approx(round(correct))
+
+
+def test_labels_that_are_numbers_are_the_pretrained_anchors_classes(tmp_path) -> None:
+    """Of 1,000 classes, which a pipeline tells in words."""
+    image, rows = PILImage.new("RGB", (8, 8)), {"label": [1] * 63 + [999]}
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    for split in ("train", "test"):
+        Dataset.from_dict({"image": [image] * 64, **rows}, features).to_parquet(tmp_path / f"{split}.parquet")
+    files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test")}
+    data = f"data={json.dumps({'dataset': 'parquet', 'files': files, 'image_size': 8})}"
+    overrides = [data, "pretraining=null", "training.epochs=0", "training.warmup_epochs=0", "pretrained=true"]
+    overrides += ["initialization.num_samples=20", "evaluation={throughput: false, stitches: [0, 1, 2]}", "trackers=[]"]
+    overrides += [f"output={tmp_path / 'run'}", "training.batch_size=8", "training.augmentation={}"]
+    anchors = load_recipe(DIGITS).anchors
+    for number, anchor in enumerate(anchors):
+        path = tmp_path / f"anchor-{number}.safetensors"
+        save_file(timm.create_model(anchor.architecture, **anchor.kwargs).state_dict(), path)
+        overrides += [f"anchors.{number}.weights={path}"]
+    model = run(load_recipe(DIGITS, overrides)).eval()
+    assert (model.config.num_labels, model.config.id2label[1]) == (1000, "goldfish, Carassius auratus")
+    theirs = timm.create_model(anchors[2].architecture, **anchors[2].kwargs).eval()
+    theirs.load_state_dict(load_file(path))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(model(x, stitch_id=2).logits, theirs(x))  # with its classifier
+    classify = pipeline("image-classification", str(tmp_path / "run"))
+    assert {answer["label"] for answer in classify(image, top_k=1000)} == set(in_words(ImageNetInfo().label_names()))
 
 
 def test_mixed_precision(tmp_path, monkeypatch) -> None:

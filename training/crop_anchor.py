@@ -54,7 +54,8 @@ def crop_anchor(folder: str | Path, recipe: Recipe, anchor: int) -> list[Crop]:
     model = StitchableForImageClassification.from_pretrained(folder)
     choices = plan_crops(model, anchor)
     processor, batch_size = make_processor(data, model.config), recipe.evaluation.batch_size
-    loader = make_test_loader(load_data(data).test, data, processor, batch_size, accelerator)
+    names = [label for _, label in sorted(model.config.id2label.items())]
+    loader = make_test_loader(load_data(data, names).test, data, processor, batch_size, accelerator)
     accuracies = measure(model.to(accelerator.device), anchor, list(choices.values()), loader)
     profile = profile_anchor(model.anchors[anchor], model.config.image_size, model.config.num_channels)
     ends = profile.stem.flops + profile.head.flops

@@ -58,7 +58,8 @@ def own_statistics(
     model = StitchableForImageClassification.from_pretrained(folder).to(accelerator.device)
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError(f"the model in {folder} has no batch norm")
-    splits, processor = load_data(data), make_processor(data, model.config)
+    names = [label for _, label in sorted(model.config.id2label.items())]
+    splits, processor = load_data(data, names), make_processor(data, model.config)
     tests = list(make_test_loader(splits.test, data, processor, recipe.evaluation.batch_size, accelerator))
     samples = list(sample_images(splits.train, data, processor, num_samples, recipe.seed))
     shared = {i: metrics["accuracy"] for i, metrics in evaluate(model, tests).items()}

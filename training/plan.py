@@ -19,6 +19,7 @@ from optimization import make_optimizer, make_scheduler
 from recipe import Recipe
 from sampling import StitchSampler
 from stitchable import Stitch, StitchableConfig, StitchableForImageClassification
+from stitchable.building import names_of_classes
 from stitchable.carried import run_modules
 from stitchable.model.routes import find_stitch
 
@@ -189,6 +190,11 @@ def micro_batch_size(batch_size: int, accelerator: Accelerator, name: str = "bat
             f"{accelerator.gradient_accumulation_steps} accumulated gradients each; take a multiple of {parts}"
         )
     return batch_size // parts
+
+
+def names_of_anchors(recipe: Recipe) -> list[str] | None:
+    """What the pretrained anchors call their classes; None where they have no names, or are random."""
+    return names_of_classes(_settings(recipe, [])["anchors"]) if recipe.pretrained else None
 
 
 def make_model(recipe: Recipe, class_names: Sequence[str]) -> StitchableForImageClassification:

@@ -28,7 +28,8 @@ class Data(_Section):
         files: for a loader, a folder, or a glob or list of files per split.
         train_split, test_split: names of splits; slices such as "train[:5000]" work as in `datasets`.
         image_column, label_column: names of the two columns.
-        class_names: the classes, where the data set does not name them.
+        class_names: the classes, where the data set does not name them; if null, labels that are numbers are the
+            pretrained anchors' classes, where they know as many.
         streaming: read shards as they come, for what does not fit a disk; needs `num_train_images`.
         num_train_images: images of an epoch, where the data set cannot tell.
         in_memory: preprocess once and keep all pixel values, for small images; augmentation is then that of tensors.

@@ -2,8 +2,9 @@
 
 import difflib
 import glob
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
 from recipe import Data
+from stitchable.imagenet import in_words
 from stitchable.processing import to_rgb
+
+logger = logging.getLogger(__name__)
 
 Images = Dataset | IterableDataset
 
@@ -31,14 +35,17 @@ class DataError(ValueError):
 
 @dataclass
 class Splits:
-    """Columns "image" (not decoded: {"bytes", "path"}) and "label" (a `ClassLabel`) of both splits, and its names."""
+    """Columns "image" (not decoded: {"bytes", "path"}) and "label" (a `ClassLabel`) of both splits, and its names.
+
+    Where the data name ImageNet's classes by their numbers in WordNet, `class_names` has them in words.
+    """
 
     train: Images
     test: Images
     class_names: list[str]
 
 
-def load_data(data: Data) -> Splits:
+def load_data(data: Data, own_names: Sequence[str] | None = None) -> Splits:
     """The two splits of a recipe's data set.
 
     "digits" is the test part of the UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998; CC BY
@@ -46,6 +53,8 @@ def load_data(data: Data) -> Splits:
 
     Args:
         data: that section of a recipe. The labels of a stream are checked as they come, others here.
+        own_names: the classes that the model knows. Labels that are numbers are taken for theirs, where there are as
+            many and neither the data nor the recipe name them.
 
     Raises:
         DataError: a ValueError: missing files, an unknown data set or split, no such column, no class names, or labels
@@ -54,9 +63,9 @@ def load_data(data: Data) -> Splits:
     names = {"train_split": data.train_split, "test_split": data.test_split}
     splits = _digits(data) if data.dataset == "digits" else {key: _load(data, name) for key, name in names.items()}
     splits = {key: _two_columns(split, data) for key, split in splits.items()}
-    classes = _class_names(splits["train_split"], data)
+    classes = _class_names(splits["train_split"], data, own_names)
     train, test = (_numbered(splits[key], classes, f"data.{key} {names[key]}") for key in names)
-    return Splits(train, test, classes)
+    return Splits(train, test, in_words(classes))
 
 
 def decode(row: Mapping[str, Any]) -> PILImage.Image:
@@ -169,7 +178,7 @@ class _Inner:
         return {f"{self.outer}.{self.inner}": row[self.outer][self.inner]}
 
 
-def _class_names(train: Images, data: Data) -> list[str]:
+def _class_names(train: Images, data: Data, own_names: Sequence[str] | None) -> list[str]:
     feature = train.features["label"]
     if isinstance(feature, ClassLabel):
         names = data.class_names or feature.names
@@ -182,7 +191,15 @@ def _class_names(train: Images, data: Data) -> list[str]:
         return data.class_names
     if not data.streaming and feature.dtype in ("string", "large_string"):
         return sorted(set(train.unique("label")) - {None})
-    raise DataError(f"{data.dataset} does not name its classes: give data.class_names")
+    problem = f"{data.dataset} does not name its classes"
+    if own_names and "int" in feature.dtype:
+        # How many classes a stream has is known when it ends; a label beyond the names stops it.
+        num_classes = len(own_names) if data.streaming else 1 + max(set(train.unique("label")) - {None}, default=-1)
+        if num_classes == len(own_names):
+            logger.warning("%s; they are taken for the model's own %d", problem, num_classes)
+            return list(own_names)
+        problem += f", of which it has {num_classes}, and the model {len(own_names)}"
+    raise DataError(f"{problem}: give data.class_names")
 
 
 def _numbered(dataset: Images, names: list[str], title: str) -> Images:

@@ -37,7 +37,16 @@ from checkpoints import (
 from data import TrainingLoader, make_processor, make_test_loader, make_training_loader, sample_images
 from loop import Loop, Phase, PhaseState, share
 from losses import StitchLoss, load_teacher
-from plan import check_plan, check_sizes, make_accelerator, make_model, make_sampler, micro_batch_size, start_processes
+from plan import (
+    check_plan,
+    check_sizes,
+    make_accelerator,
+    make_model,
+    make_sampler,
+    micro_batch_size,
+    names_of_anchors,
+    start_processes,
+)
 from recipe import Recipe, Schedule, load_recipe
 from sampling import StitchSampler
 from sources import DataError, Images, Splits, decode, load_data
@@ -136,7 +145,7 @@ class _Run:
     def _load(self) -> None:
         """Data, model and teacher."""
         recipe, device = self.recipe, self.accelerator.device
-        self.data: Splits = load_data(recipe.data)
+        self.data: Splits = load_data(recipe.data, names_of_anchors(recipe))
         self.num_images = recipe.data.num_train_images if recipe.data.streaming else len(self.data.train)
         check_sizes(recipe, self.num_images)
         set_seed(recipe.seed)  # the same weights on every process

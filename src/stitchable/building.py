@@ -15,6 +15,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from stitchable.costs import cost_of_stitch, profile_architecture
+from stitchable.imagenet import imagenet_words
 from stitchable.model.anchors import TimmModel
 from stitchable.model.architectures import create_model, find_adapter, own_architectures
 from stitchable.model.configuration_stitchable import StitchableConfig
@@ -157,6 +158,17 @@ def load_anchors(
         anchor = next(a for a in given if (a.name, a.kwargs) == (entry["architecture"], entry["kwargs"]))
         given.remove(anchor)
         module.load_state_dict(_pretrained_model(anchor, model.config.num_labels).state_dict())
+
+
+def names_of_classes(anchors: Sequence[str | Mapping[str, Any]]) -> list[str] | None:
+    """What pretrained anchors call their classes; None where they have no names that timm knows, or different classes.
+
+    Args:
+        anchors: as given to `build_config`.
+    """
+    given = [_read_anchor(anchor, None, pretrained=True) for anchor in anchors]
+    labels = _imagenet_labels([anchor.cfg for anchor in given], given[0].num_classes)
+    return list(labels.values()) if labels else None
 
 
 @dataclass(frozen=True)
@@ -357,4 +369,5 @@ def _imagenet_labels(cfgs: Sequence[Mapping[str, Any]], num_labels: int) -> dict
     info = ImageNetInfo(subset)
     if info.num_classes() != num_labels:
         return None
-    return {index: info.index_to_description(index) for index in range(num_labels)}
+    words = imagenet_words()
+    return {index: words[number] for index, number in enumerate(info.label_names())}

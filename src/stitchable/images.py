@@ -9,6 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
 from transformers import BaseImageProcessor
 
+from stitchable.imagenet import in_words
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.processing import to_rgb
 
@@ -87,8 +88,9 @@ def _numbers(source: str, feature: Any, config: StitchableConfig) -> list[int] |
     """The model's number of each of the data's classes; None where the labels are numbers already."""
     if not isinstance(feature, ClassLabel):
         return None
-    known = {name: int(number) for name, number in (config.label2id or {}).items()}
-    names = feature.names
+    labels = config.label2id or {}
+    known = dict(zip(in_words(list(labels)), map(int, labels.values()), strict=True))
+    names = in_words(feature.names)
     if set(names) <= set(known):
         return [known[name] for name in names]
     if len(names) == config.num_labels and set(known) == {f"LABEL_{i}" for i in range(len(known))}:

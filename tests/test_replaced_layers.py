@@ -129,7 +129,10 @@ def test_permanent_pruning_is_taken_over(tmp_path: Path) -> None:
 def test_classifiers_and_blocks_of_other_shapes_are_not_taken_over() -> None:
     model = make("vit")
     model.anchors[0].reset_classifier(9)
-    with pytest.raises(ValueError, match=r"anchors\.0\.head\.weight .* has the shape \(9, 8\), by the config \(5, 8\); model\.reset_classifier"):
+    with pytest.raises(
+        ValueError,
+        match=r"anchors\.0\.head\.weight .* has the shape \(9, 8\), by the config \(5, 8\); model\.reset_classifier",
+    ):
         model.extract(0)
     model = make("vit")
     model.anchors[1].blocks[2].mlp.fc1 = torch.nn.Linear(12, 7)

@@ -867,7 +867,8 @@ def _plain(figure: Any) -> Any:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    buffers = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if name in module.state_dict()]
+    return [*module.named_parameters(recurse=False), *buffers]  # others are made anew, of another shape at times
 
 
 def _advice(model: Any, name: str) -> str:

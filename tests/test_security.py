@@ -16,13 +16,15 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from markdown_it import MarkdownIt
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from typer.testing import CliRunner
 
 from families import SHIPPED, images, make
+from processes import run_python
 from stitchable import (
     Adapter,
     Layout,
@@ -432,6 +434,76 @@ def test_pickles_are_not_run(folder: Path, trap: Path) -> None:
     anchor = {"architecture": "resnet18", "weights": folder / "pytorch_model.bin"}
     with pytest.raises(ValueError, match=r"the weights .* cannot be read"):
         StitchableForImageClassification.from_anchors([anchor, anchor])
+
+
+def test_weights_are_safetensors(folder: Path, tmp_path: Path) -> None:
+    """All others would be read by transformers, whose index of them may name files of other folders."""
+    weights = StitchableForImageClassification.from_pretrained(folder).state_dict()
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    (tmp_path / "secret").mkdir()
+    torch.save(weights, tmp_path / "secret" / "w.bin")
+    weight_map = dict.fromkeys(weights, "../secret/w.bin")
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+    for whole in (False, True):
+        if whole:
+            torch.save({name.replace(".linear.", "."): value for name, value in weights.items()}, folder / "pytorch_model.bin")
+        for arguments in ({}, {"stitch_id": 4}):
+            with pytest.raises(OSError, match=r"no file named model\.safetensors .*: convert them to safetensors"):
+                StitchableForImageClassification.from_pretrained(folder, **arguments)
+            with pytest.raises(ValueError, match="use_safetensors=False: the weights .* are safetensors; convert"):
+                StitchableForImageClassification.from_pretrained(folder, use_safetensors=False, **arguments)
+
+
+def test_a_config_cannot_choose_other_weights_than_are_checked(folder: Path) -> None:
+    weights = StitchableForImageClassification.from_pretrained(folder).state_dict()
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "other.safetensors", {"format": "pt"})
+    change(folder / "config.json", lambda config: config.update(transformers_weights="other.safetensors"))
+    for arguments in ({}, {"stitch_id": 4}):
+        loaded = StitchableForImageClassification.from_pretrained(folder, **arguments)
+        assert "transformers_weights" not in vars(loaded.config)
+        for name, value in loaded.state_dict().items():
+            torch.testing.assert_close(value, weights[name], rtol=0, atol=0)
+
+
+WITHOUT_PEFT = """
+import sys
+sys.modules["peft"] = None
+from stitchable import StitchableForImageClassification
+try:
+    StitchableForImageClassification.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+# PEFT asks transformers for a property by its old name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_is_applied_or_refused(folder: Path, tmp_path: Path) -> None:
+    model = StitchableForImageClassification.from_pretrained(folder).eval()
+    x = images("vit", 2)
+    base = model(x, stitch_id=4).logits
+    cheapest = model.stitches[0].flops
+    tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)).eval()
+    expected = tuned(pixel_values=x, stitch_id=4).logits
+    assert not torch.allclose(base, expected)
+    tuned.save_pretrained(folder)
+    change(folder / "adapter_config.json", lambda c: c.update(base_model_name_or_path="someone/else"))
+    folder.rename(tmp_path / "root")
+    for source, place in ((tmp_path / "root", {}), (tmp_path, {"subfolder": "root"})):
+        whole = StitchableForImageClassification.from_pretrained(source, **place)
+        torch.testing.assert_close(whole(x, stitch_id=4).logits, expected)
+        for part in ({"stitch_id": 4}, {"max_flops": cheapest}):
+            with pytest.raises(ValueError, match="an adapter of PEFT lies in .*; merge the adapters first"):
+                StitchableForImageClassification.from_pretrained(source, **place, **part)
+    output = run_python(WITHOUT_PEFT, tmp_path / "root", cwd=tmp_path)
+    assert "an adapter of PEFT lies in" in output
+    assert "install peft" in output
+    (tmp_path / "root" / "adapter_model.safetensors").unlink()
+    for part in ({}, {"stitch_id": 4}):
+        with pytest.raises(OSError, match=r"has adapter_config\.json, but no adapter_model\.safetensors"):
+            StitchableForImageClassification.from_pretrained(tmp_path / "root", **part)
 
 
 def test_an_index_names_only_files_beside_it(folder: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class StitchableConfig(PreTrainedConfig):
         num_labels_of_costs: number of labels that `flops` and `params` were counted with.
         stitchable_version: the version that wrote this config.
         kwargs: as in any `PreTrainedConfig`, `num_labels`, `id2label` and `label2id` among them. An `auto_map` is
-            ignored: it names the classes of this code, whatever a file says.
+            ignored: it names the classes of this code, whatever a file says; so is `transformers_weights`.
 
     Raises:
         ValueError: routes that do not fit the anchors, a default stitch that does not exist, anchors that are none,
@@ -86,6 +86,7 @@ class StitchableConfig(PreTrainedConfig):
         # Always ours: what a config that was read says would be saved again, and run where that is trusted.
         kwargs["auto_map"] = dict(_AUTO_MAP)
         kwargs.pop("custom_pipelines", None)
+        kwargs.pop("transformers_weights", None)  # would have transformers load another file than was checked
         super().__init__(**kwargs)
         # transformers makes an empty config to find what differs from the defaults.
         if self.anchors or self.stitches:

@@ -39,7 +39,7 @@ from .routes import (
     why_not_joined,
     within,
 )
-from .shards import find_shards, read_weights, split_weights
+from .shards import find_adapter, find_shards, read_weights, split_weights
 from .stitching import Side, StitchingLayer, grid_of
 
 logger = logging.get_logger(__name__)
@@ -525,13 +525,19 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 checkpoint later takes the stored one (`hf auth login`, HF_TOKEN), or its own argument.
 
         Raises:
-            ValueError: no such stitch, or weights that are another model's.
-            OSError: no such checkpoint, or one with a missing or damaged file; names it.
+            ValueError: no such stitch, weights that are another model's, `use_safetensors=False`, or a part of a
+                checkpoint in which an adapter of PEFT lies.
+            OSError: no such checkpoint, or one with a missing or damaged file, or without safetensors; names it.
         """
         source = pretrained_model_name_or_path
         if isinstance(kwargs.get("device_map"), Mapping):
             check_device_map(kwargs["device_map"])
-        if source is None or kwargs.get("gguf_file") or kwargs.get("use_safetensors") is False:
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "use_safetensors=False: the weights of a stitchable model are safetensors; convert others, and leave "
+                "it out"
+            )
+        if source is None or kwargs.get("gguf_file"):
             return super().from_pretrained(source, *args, **kwargs)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         trust_remote_code = kwargs.pop("trust_remote_code", False)
@@ -561,12 +567,22 @@ class StitchablePreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             needed = cls(copy.deepcopy(config)).state_dict().keys()
         files = find_shards(source, needed, variant=kwargs.get("variant"), **hub)
-        if files is None or not config.left_out:
-            loaded = super().from_pretrained(source, *args, config=config, **kwargs)
-        else:
+        adapter = find_adapter(source, **hub)
+        if adapter is not None and config.left_out:
+            raise ValueError(
+                f"an adapter of PEFT lies in {source}, which is for the whole model, and a part of it is loaded; merge "
+                "the adapters first (merge_and_unload), save the model, and load the part of that"
+            )
+        if config.left_out:
             for name in (*hub, "variant", "use_safetensors"):
                 kwargs.pop(name, None)
             loaded = super().from_pretrained(None, *args, config=config, state_dict=read_weights(files), **kwargs)
+        elif adapter is not None:
+            # As a folder: of a repository, transformers would load the base model that the adapter names.
+            kwargs = {name: value for name, value in kwargs.items() if name not in hub}
+            loaded = super().from_pretrained(adapter, *args, config=config, **kwargs)
+        else:
+            loaded = super().from_pretrained(source, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = os.fspath(source)
         model.hub_arguments = {name: value for name, value in hub.items() if name in _KEPT_ARGUMENTS}

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    is_peft_available,
+)
 
 _OLD_LAYER = re.compile(r"stitching_layers\.[^.]+\.\d+\.(weight|bias)")  # when they were Linears themselves
 _SHARD = r"model-(anchor-\d+|stitching-layers)"
@@ -44,7 +51,7 @@ def split_weights(folder: str | os.PathLike, variant: str | None = None) -> None
         path.unlink(missing_ok=True)
 
 
-def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) -> dict[str, list[str]] | None:
+def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) -> dict[str, list[str]]:
     """The files of a checkpoint that hold the `needed` weights, downloaded if it is on the Hub.
 
     Args:
@@ -54,10 +61,10 @@ def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) 
             `revision`, `subfolder`.
 
     Returns:
-        Path of each file -> the names that are needed of it; None where the checkpoint has no safetensors.
+        Path of each file -> the names that are needed of it.
 
     Raises:
-        OSError: a file that the index names is not there, or one that is no complete safetensors file.
+        OSError: no safetensors, a file that the index names is not there, or one that is no complete safetensors file.
         ValueError: an index that is none, or a checkpoint that holds none of the weights.
     """
     variant = hub.pop("variant", None)
@@ -70,7 +77,10 @@ def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) 
     else:
         index = cached_file(source, names[1], _raise_exceptions_for_missing_entries=False, **hub)
         if index is None:
-            return None
+            raise OSError(
+                f"{source} has no file named {names[0]} or {names[1]}; other weights, such as pytorch_model.bin, are "
+                "not read: convert them to safetensors where they come from"
+            )
         weight_map = _read_index(index)
         stored = set(weight_map)
         wanted: dict[str, list[str]] = {}
@@ -90,6 +100,31 @@ def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) 
     if not any(files.values()):
         raise ValueError(f"the weights of {source} are those of another model: it has none of this model's")
     return files
+
+
+def find_adapter(source: str | os.PathLike, **hub: Any) -> str | None:
+    """The local folder of a checkpoint in which an adapter of PEFT lies beside the weights; None where there is none.
+
+    Args:
+        source: a folder, or the id of a repository on the Hub.
+        hub: as for `find_shards`, without `variant`.
+
+    Raises:
+        OSError: the configuration of an adapter without its weights as safetensors.
+        ValueError: an adapter, but no PEFT, without which transformers would leave it out.
+    """
+    hub["_raise_exceptions_for_missing_entries"] = False
+    config = cached_file(source, ADAPTER_CONFIG_NAME, **hub)
+    if config is None:
+        return None
+    if cached_file(source, ADAPTER_SAFE_WEIGHTS_NAME, **hub) is None:
+        raise OSError(
+            f"{source} has {ADAPTER_CONFIG_NAME}, but no {ADAPTER_SAFE_WEIGHTS_NAME}; save the adapter again, or "
+            f"remove {ADAPTER_CONFIG_NAME}"
+        )
+    if not is_peft_available():
+        raise ValueError(f"an adapter of PEFT lies in {source}; install peft, or remove {ADAPTER_CONFIG_NAME}")
+    return os.path.dirname(config)
 
 
 def read_weights(files: Mapping[str, Collection[str]]) -> dict[str, torch.Tensor]:

@@ -24,6 +24,8 @@ from stitchable.card import (
     KEPT_BELOW,
     Card,
     eval_results_files,
+    in_markdown,
+    make_card,
     merge_cards,
     short_names,
     stitch_table,
@@ -190,7 +192,8 @@ def test_where_the_snippet_has_no_answer_the_card_gives_none(what: str, tmp_path
     assert "it prints" not in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
 
 
-OURS = f'---\nmodel_name: tiny\ntags:\n- a\n---\n\n# tiny\n\nload("tiny") for `tiny`\n\n{KEPT_BELOW}\n'
+NAMED = 'from_pretrained("{0}", image_processor="{0}")\n\nUse the id of the repository on the Hub, for `{0}`.'
+OURS = f"""---\nmodel_name: tiny\ntags:\n- a\n---\n\n# tiny\n\n{NAMED.format("tiny")}\n\n{KEPT_BELOW}\n"""
 
 
 @pytest.mark.parametrize(
@@ -208,10 +211,19 @@ def test_cards_are_merged(theirs, metadata, below) -> None:
     merged = ModelCard(merge_cards(OURS, old, "someone/tiny"))
     assert merged.data.to_dict() == {"model_name": "someone/tiny", **metadata}
     above, _, kept = merged.text.partition(KEPT_BELOW)
-    assert 'load("someone/tiny") for `someone/tiny`' in above
+    assert NAMED.format("someone/tiny") in above
     assert kept.lstrip("\n") == below
     again = merge_cards(OURS, merged, "someone/tiny")
     assert ModelCard(again).text == merged.text
+
+
+@pytest.mark.parametrize("name", ["image-classification", "image.png", "vit_tiny_patch16_224", 'a "b" `c`', "True"])
+def test_only_the_name_of_the_model_becomes_that_of_the_repository(name: str) -> None:
+    """Also where the folder is called as something else that the card says."""
+    model = make("vit")
+    merged = merge_cards(str(make_card(model, Card(name))), None, "someone/tiny")
+    expected = make_card(model, Card("someone/tiny"))
+    assert ModelCard(merged).text == expected.text.replace("# someone/tiny\n", f"# {in_markdown(name)}\n")
 
 
 def test_headlines_are_in_the_newer_form_too() -> None:

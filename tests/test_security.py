@@ -149,6 +149,8 @@ HOSTILE = [
     "</code><script>alert(1)</script>",
     "&lt;script&gt; \\<script>",
     "--- *a* _b_ ~~c~~ # <!-- d",
+    "https://evil.example www.evil.com me@evil.example",
+    "`` a|HTTPS://evil.example/<b>`|`WWW.evil.com\\|mailto:me@evil.example`",
 ]
 
 
@@ -168,11 +170,14 @@ def test_what_a_config_says_is_shown_and_not_obeyed(text: str) -> None:
     again = ModelCard(str(made))
     assert again.data.to_dict() == made.data.to_dict()  # nothing of it became metadata
     assert again.data.model_name == again.data.license == text
-    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(again.text)
+    markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
+    page = markdown.render(again.text)
     assert "<script" not in page
     assert page.count("<img") == 1  # the figure
     assert page.count("<!--") == 1  # the mark
     assert set(re.findall(r'href="([^"]*)"', page)) == {"https://arxiv.org/abs/2302.06586", "sample.png"}
+    words = [token.content for block in markdown.parse(again.text) for token in block.children or () if token.type == "text"]
+    assert not re.search(r"://|www\.|@", " ".join(words), re.IGNORECASE)  # of which renderers make links
     rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     assert {row.count("<td") + row.count("<th") for row in rows} == {7, 3}  # of stitches, of anchors before and after
 
@@ -497,13 +502,17 @@ def test_an_adapter_is_applied_or_refused(folder: Path, tmp_path: Path) -> None:
         for part in ({"stitch_id": 4}, {"max_flops": cheapest}):
             with pytest.raises(ValueError, match="an adapter of PEFT lies in .*; merge the adapters first"):
                 StitchableForImageClassification.from_pretrained(source, **place, **part)
-    output = run_python(WITHOUT_PEFT, tmp_path / "root", cwd=tmp_path)
-    assert "an adapter of PEFT lies in" in output
-    assert "install peft" in output
     (tmp_path / "root" / "adapter_model.safetensors").unlink()
     for part in ({}, {"stitch_id": 4}):
         with pytest.raises(OSError, match=r"has adapter_config\.json, but no adapter_model\.safetensors"):
             StitchableForImageClassification.from_pretrained(tmp_path / "root", **part)
+
+
+@pytest.mark.slow
+def test_without_peft_an_adapter_is_not_left_out(folder: Path, tmp_path: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    save_file({}, folder / "adapter_model.safetensors")
+    assert "an adapter of PEFT lies in" in run_python(WITHOUT_PEFT, folder, cwd=tmp_path)
 
 
 def test_an_index_names_only_files_beside_it(folder: Path, tmp_path: Path) -> None:

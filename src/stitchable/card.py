@@ -116,7 +116,7 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
         template_path=str(_template()),
         title=in_markdown(card.name),
         name=as_code(card.name),
-        quoted_name=json.dumps(card.name, ensure_ascii=False),
+        quoted_name=_as_string(card.name),
         dataset=in_markdown(dataset),
         figure=FIGURE if measured else None,
         num_stitches=len(stitches),
@@ -181,10 +181,16 @@ def what_it_prints(model: StitchablePreTrainedModel, folder: str | Path) -> str:
 
 
 def in_markdown(text: Any) -> str:
-    """Text as Markdown that shows just it, also in a cell of a table: no markup, HTML or further line comes of it."""
+    """Text as Markdown that shows just it, also in a cell of a table: no markup, HTML, link or further line comes of it."""
     line = "".join(character if character.isprintable() else " " for character in str(text))
+    # Of an address a link is made that no escape prevents; the code has no bars, which would end a cell of a table.
+    pieces = re.split(r"([^\s|]*(?:://|www\.|@)[^\s|]*)", line, flags=re.IGNORECASE)
+    pieces[1::2] = map(as_code, pieces[1::2])
     # An underscore within a word stands for itself.
-    return re.sub(r"[\\`*\[\]|~#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", html.escape(line, quote=False))
+    pieces[::2] = (
+        re.sub(r"[\\`*\[\]|~#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", html.escape(piece, quote=False)) for piece in pieces[::2]
+    )
+    return "".join(pieces)
 
 
 def as_code(text: str) -> str:
@@ -197,6 +203,15 @@ def as_block(text: str, language: str) -> str:
     """Lines as a block of code, which no line of them ends."""
     fence = "`" * max(3, _longest_run_of_backticks(text) + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _as_string(text: str) -> str:
+    """As Python has it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+# What stands in the template before the name of the model, and how the name is quoted there.
+_PLACES_OF_THE_NAME = (("from_pretrained(", _as_string), ("image_processor=", _as_string), ("on the Hub, for ", as_code))
 
 
 def _longest_run_of_backticks(text: str) -> int:
@@ -216,8 +231,10 @@ def merge_cards(text: str, theirs: ModelCard | None, name: str, tags: Sequence[s
     ours = ModelCard(text)
     old = ours.data.get("model_name")
     if old and is_plain(old):
-        for quoted in (lambda text: json.dumps(text, ensure_ascii=False), as_code):
-            ours.text = ours.text.replace(quoted(old), quoted(name))
+        snippet, anchors, rest = ours.text.partition("\n## Anchors\n")
+        for before, quoted in _PLACES_OF_THE_NAME:
+            snippet = snippet.replace(f"{before}{quoted(old)}", f"{before}{quoted(name)}")
+        ours.text = f"{snippet}{anchors}{rest}"
     if old:
         ours.data["model_name"] = name
     known_tags = ours.data.get("tags") or []

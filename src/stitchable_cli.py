@@ -193,8 +193,9 @@ def eval(  # the name of the command
     """Measure top-1, top-5 and loss of every stitch over one pass of the data."""
     from stitchable import evaluate
     from stitchable.card import Card
-    from stitchable.publishing import processor_of, update_repository
+    from stitchable.publishing import card_of, processor_of, update_repository
 
+    card_of(folder)  # refuses one that cannot be written anew before anything is measured
     model = _to(_load(folder, trust_remote_code), device)
     known = Card.of(model.config, "")  # refuses facts that are none before anything is measured
     batches = _read(
@@ -235,8 +236,9 @@ def calibrate(
     import torch
 
     import stitchable
-    from stitchable.publishing import update_repository
+    from stitchable.publishing import card_of, update_repository
 
+    card_of(folder)  # refuses one that cannot be written anew before anything is measured
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, got {threads}")
     if threads is not None:

@@ -176,7 +176,9 @@ def test_what_a_config_says_is_shown_and_not_obeyed(text: str) -> None:
     assert page.count("<img") == 1  # the figure
     assert page.count("<!--") == 1  # the mark
     assert set(re.findall(r'href="([^"]*)"', page)) == {"https://arxiv.org/abs/2302.06586", "sample.png"}
-    words = [token.content for block in markdown.parse(again.text) for token in block.children or () if token.type == "text"]
+    words = [
+        token.content for block in markdown.parse(again.text) for token in block.children or () if token.type == "text"
+    ]
     assert not re.search(r"://|www\.|@", " ".join(words), re.IGNORECASE)  # of which renderers make links
     rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     assert {row.count("<td") + row.count("<th") for row in rows} == {7, 3}  # of stitches, of anchors before and after
@@ -246,6 +248,14 @@ FOREIGN_FILES = {
     "pipelines": ("config.json", {"custom_pipelines": {"a": {"impl": "evil.Evil"}}}),
     "a tokenizer": ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["someone/else--evil.Evil", null]}}'),
     "a family of no anchor": ("evil.py", "x = 1\n"),
+    "a map further down": (
+        "processor_config.json",
+        '{"image_processor": {"auto_map": {"AutoImageProcessor": "a--b.C"}}}',
+    ),
+    "pipelines in a list": ("other.JSON", '[{"a": [{"custom_pipelines": {"a": {"impl": "evil.Evil"}}}]}]'),
+    "another suffix": ("evil.PY", "x = 1\n"),
+    "bytecode": ("evil.pyc", "x = 1\n"),
+    "machine code": ("sub/evil.cpython-311-x86_64-linux-gnu.so", "x = 1\n"),
 }
 
 
@@ -263,6 +273,104 @@ def test_foreign_code_is_not_published_by_accident(case: str, folder: Path) -> N
         push_folder(folder, "someone/tiny")
 
 
+@pytest.mark.parametrize("text", [b"{", b"[" * 10**5, b"", b"\xff{}"])
+def test_json_that_cannot_be_read_is_not_published(text: bytes, folder: Path) -> None:
+    for name in ("processor_config.json", "stitches.json", "config.json"):
+        (folder / name).write_bytes(text)
+        with pytest.raises(ValueError, match=f"{re.escape(name)} would be published, but is no JSON"):
+            push_folder(folder, "someone/tiny")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sample.png", "README.md", "sub/notes.txt", "sub"])
+def test_what_a_link_leads_to_is_not_published(name: str, folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    if name == "sub":
+        secret.mkdir()
+    else:
+        Image.new("RGB", (9, 9)).save(secret, "PNG")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} would be published, but is a link to .*secret"):
+        push_folder(folder, "someone/tiny")
+    if name == "sample.png":
+        model = StitchableForImageClassification.from_pretrained(folder)
+        with pytest.raises(ValueError, match=r"sample\.png would be published, but is a link to .*secret"):
+            model.push_to_hub("someone/tiny")
+
+
+def cached(folder: Path) -> Path:
+    """The folder as a snapshot of the cache of the Hub, whose files are links to blobs."""
+    repository = folder.parent / "models--someone--tiny"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+def test_a_snapshot_of_the_cache_is_published(folder: Path, tmp_path: Path) -> None:
+    snapshot = cached(folder)
+    for push in (
+        lambda: push_folder(snapshot, "someone/tiny"),
+        lambda: StitchableForImageClassification.from_pretrained(snapshot).push_to_hub("someone/tiny"),
+    ):
+        with pytest.raises(OfflineModeIsEnabled):
+            push()
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    (snapshot / "notes.txt").symlink_to("../../blobs/notes")
+    (snapshot / "../../blobs/notes").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"notes\.txt would be published, but is a link to .*secret"):
+        push_folder(snapshot, "someone/tiny")
+
+
+# ---------------------------------------------------------------- what is written into a folder
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate"])
+def test_nothing_is_written_outside_a_folder(command: str, folder: Path, tmp_path: Path) -> None:
+    arguments = [pictures(tmp_path / "pictures")] if command == "eval" else ["--num-runs", 1]
+    folder = cached(folder)
+    victims = tmp_path / "victims"
+    victims.mkdir()
+    for name in ("README.md", "stitches.json", "accuracy_flops.png"):
+        (victims / name).write_text("mine", encoding="utf-8")
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(victims / name)
+    (folder / "sample.png").unlink()
+    (folder / "sample.png").symlink_to(victims / "sample.png")
+    blobs = {path: path.read_bytes() for path in (folder / "../../blobs").iterdir()}
+    run(command, folder, *arguments)
+    assert {path: path.read_bytes() for path in (folder / "../../blobs").iterdir()} == blobs
+    assert {path.name for path in victims.iterdir()} == {"README.md", "stitches.json", "accuracy_flops.png"}
+    assert {path.read_text(encoding="utf-8") for path in victims.iterdir()} == {"mine"}
+    assert "mine" not in ModelCard.load(folder / "README.md").text.splitlines()
+    assert not any(path.name.startswith(".stitchable") for path in folder.iterdir())
+    assert StitchableForImageClassification.from_pretrained(folder).stitches[4].id == 4
+
+    (victims / "stitch-1.yaml").write_text("mine", encoding="utf-8")
+    (folder / ".eval_results").symlink_to(victims)
+    output = run(command, folder, *["no data"] * (command == "eval"), status=1)
+    assert output.startswith(f"error: {folder / '.eval_results'} is no directory of {folder}")
+    assert (victims / "stitch-1.yaml").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("card", [b"---\na: [\n---\n", b"---\n- a\n---\n", b"\xff", b"---\n1: 2\n---\n"])
+def test_a_card_that_cannot_be_read_is_refused_before_anything_is_measured(card: bytes, folder: Path) -> None:
+    (folder / "README.md").write_bytes(card)
+    for arguments in (["eval", folder, "no data"], ["calibrate", folder, "--threads", 0]):
+        assert run(*arguments, status=1).startswith(f"error: the model card {folder / 'README.md'} cannot be read; ")
+    for call in (
+        lambda: push_folder(folder, "someone/tiny"),
+        lambda: update_repository(StitchableForImageClassification.from_pretrained(folder), folder),
+    ):
+        with pytest.raises(ValueError, match=r"the model card .*README\.md cannot be read; mend it, or remove it: "):
+            call()
+    assert (folder / "README.md").read_bytes() == card
+
+
 @pytest.fixture
 def own_family(tmp_path: Path) -> Path:
     """A checkpoint that brings a family of its author's own."""
@@ -278,6 +386,38 @@ def test_a_family_of_ones_own_is_published(own_family: Path) -> None:
     text = (own_family / "families.py").read_text(encoding="utf-8")
     (own_family / "families.py").write_text(f"{text}print(1)\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"families\.py would be published"):
+        push_folder(own_family, "someone/tiny")
+    (own_family / "families.py").write_text(text, encoding="utf-8")
+    (own_family / EXAMPLE.name).write_text(
+        EXAMPLE.read_text(encoding="utf-8"), encoding="utf-8"
+    )  # as it does not travel
+    with pytest.raises(ValueError, match=r"digit_mixer\.py would be published"):
+        push_folder(own_family, "someone/tiny")
+
+
+def test_files_that_no_family_needs_are_not_published(own_family: Path) -> None:
+    (own_family / "evil.py").write_text("class Evil:\n    pass\n", encoding="utf-8")
+    for architecture in ("digit_mixer_s", "digit_mixer_xl"):  # which this process has, and has not
+
+        def name_it(config: dict, architecture: str = architecture) -> None:
+            config["families"] = ["digit_mixer.py", "evil.py"]
+            config["anchors"][0]["architecture"] = architecture
+
+        change(own_family / "config.json", name_it)
+        with pytest.raises(ValueError, match=r"evil\.py would be published"):
+            push_folder(own_family, "someone/tiny")
+    # Named in every place; still nothing that is registered here needs it.
+    change(own_family / "config.json", lambda config: config["anchors"][0].update(architecture="digit_mixer_s"))
+    path = own_family / "families.py"
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("\nfrom .digit_mixer", "\nfrom .evil import Evil\nfrom .digit_mixer", 1).replace(
+        "= (", "= (Evil, "
+    )
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"evil\.py would be published"):
+        push_folder(own_family, "someone/tiny")
+    change(own_family / "config.json", lambda config: config["anchors"][0].update(architecture="digit_mixer_xl"))
+    with pytest.raises(OfflineModeIsEnabled):  # for all that is known here, it is the file of digit_mixer_xl
         push_folder(own_family, "someone/tiny")
 
 
@@ -453,11 +593,13 @@ def test_weights_are_safetensors(folder: Path, tmp_path: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
     for whole in (False, True):
         if whole:
-            torch.save({name.replace(".linear.", "."): value for name, value in weights.items()}, folder / "pytorch_model.bin")
+            torch.save(
+                {name.replace(".linear.", "."): value for name, value in weights.items()}, folder / "pytorch_model.bin"
+            )
         for arguments in ({}, {"stitch_id": 4}):
             with pytest.raises(OSError, match=r"no file named model\.safetensors .*: convert them to safetensors"):
                 StitchableForImageClassification.from_pretrained(folder, **arguments)
-            with pytest.raises(ValueError, match="use_safetensors=False: the weights .* are safetensors; convert"):
+            with pytest.raises(ValueError, match=r"use_safetensors=False: the weights .* are safetensors; convert"):
                 StitchableForImageClassification.from_pretrained(folder, use_safetensors=False, **arguments)
 
 
@@ -500,7 +642,7 @@ def test_an_adapter_is_applied_or_refused(folder: Path, tmp_path: Path) -> None:
         whole = StitchableForImageClassification.from_pretrained(source, **place)
         torch.testing.assert_close(whole(x, stitch_id=4).logits, expected)
         for part in ({"stitch_id": 4}, {"max_flops": cheapest}):
-            with pytest.raises(ValueError, match="an adapter of PEFT lies in .*; merge the adapters first"):
+            with pytest.raises(ValueError, match=r"an adapter of PEFT lies in .*; merge the adapters first"):
                 StitchableForImageClassification.from_pretrained(source, **place, **part)
     (tmp_path / "root" / "adapter_model.safetensors").unlink()
     for part in ({}, {"stitch_id": 4}):

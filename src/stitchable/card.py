@@ -181,7 +181,7 @@ def what_it_prints(model: StitchablePreTrainedModel, folder: str | Path) -> str:
 
 
 def in_markdown(text: Any) -> str:
-    """Text as Markdown that shows just it, also in a cell of a table: no markup, HTML, link or further line comes of it."""
+    """Text as Markdown that shows just it, also in a cell of a table; no markup, HTML, link or line comes of it."""
     line = "".join(character if character.isprintable() else " " for character in str(text))
     # Of an address a link is made that no escape prevents; the code has no bars, which would end a cell of a table.
     pieces = re.split(r"([^\s|]*(?:://|www\.|@)[^\s|]*)", line, flags=re.IGNORECASE)
@@ -211,7 +211,11 @@ def _as_string(text: str) -> str:
 
 
 # What stands in the template before the name of the model, and how the name is quoted there.
-_PLACES_OF_THE_NAME = (("from_pretrained(", _as_string), ("image_processor=", _as_string), ("on the Hub, for ", as_code))
+_PLACES_OF_THE_NAME = (
+    ("from_pretrained(", _as_string),
+    ("image_processor=", _as_string),
+    ("on the Hub, for ", as_code),
+)
 
 
 def _longest_run_of_backticks(text: str) -> int:

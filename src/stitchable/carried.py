@@ -10,6 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location, spec_from_
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import nn
 from transformers.utils import cached_file, logging
 
@@ -85,11 +86,40 @@ def _families_file(modules: Mapping[str, str]) -> str:
     return text.replace("= ()", f"= ({', '.join(modules)},)")
 
 
-def is_families_file(text: str, files: Collection[str]) -> bool:
-    """Whether it is the `families.py` of a checkpoint that brings classes from these files, and nothing else."""
+def files_of_families(folder: Path, files: Collection[str], architectures: Collection[str]) -> set[str]:
+    """Of the Python files of a checkpoint, those of its own families, `families.py` among them.
+
+    They are what `families.py` imports, which does nothing else. Those that this process has registered must be the
+    same, and where it has all architectures that are not timm's, there are no others.
+
+    Args:
+        folder: of the checkpoint.
+        files: what its config names.
+        architectures: those of its anchors.
+    """
+    own = {name for name in architectures if not _is_timms(name)}
+    text = _text_of(folder / "families.py")
     found = re.findall(r"^from \.(\w+) import (\w+)$", text, re.MULTILINE)
-    modules = {name: module for module, name in found}
-    return all(f"{module}.py" in files for module, _ in found) and text == _families_file(modules)
+    imported = {f"{module}.py" for module, _ in found}
+    if not own or not imported <= set(files) or text != _families_file({name: module for module, name in found}):
+        return set()
+    registered = own_architectures()
+    try:
+        read = [_read(registered[name]) for name in sorted(own & set(registered))]
+    except ValueError:  # such as a class of a notebook, which has no file that could travel
+        return set()
+    known = {path.name: text for path, text in read}
+    has_all = own <= set(registered)
+    same = {file for file in imported if file in known and _text_of(folder / file) == known[file]}
+    return {"families.py", *same, *(set() if has_all else imported - set(known))}
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _is_timms(architecture: str) -> bool:
+    return timm.is_model(architecture) and timm.models.model_entrypoint(architecture).__module__.startswith("timm.")
 
 
 def import_families(source: str | Path, files: Sequence[str], **hub: Any) -> None:

@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from PIL import Image
@@ -28,7 +28,7 @@ from stitchable.card import (
     short_names,
     what_it_prints,
 )
-from stitchable.carried import is_families_file
+from stitchable.carried import files_of_families
 from stitchable.model import modeling_stitchable
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
@@ -37,9 +37,12 @@ from stitchable.plots import plot_stitches
 from stitchable.processing import image_processor
 
 STITCH_TABLE = "stitches.json"
+_RESULTS = ".eval_results"
 # Files of an earlier push that would stay beside the new ones and be loaded in their place.
 _REPLACED = ["model.safetensors", "model-*.safetensors", "model.*.safetensors", "model.safetensors.index*.json"]
-_REPLACED += [".eval_results/stitch-*.yaml"]
+_REPLACED += [f"{_RESULTS}/stitch-*.yaml"]
+# Machine code and bytecode, which nobody can read before it is published.
+_COMPILED = (".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib")
 
 
 def save_repository(
@@ -88,23 +91,62 @@ def update_repository(
         split: of the data set.
 
     Raises:
-        ValueError: names with line breaks or other characters that cannot be seen.
+        ValueError: names with line breaks or other characters that cannot be seen, or as `card_of`.
     """
     folder = Path(folder)
-    old = ModelCard.load(folder / CARD) if (folder / CARD).exists() else None
+    old = card_of(folder)
     name = old.data.get("model_name") if old else None
     card = Card.of(model.config, name if name and is_plain(name) else folder.resolve().name)
     if dataset is not None:
         card = replace(card, dataset=dataset, split=split)
     card.store(model.config)
-    model.config.save_pretrained(folder)
-    if not (folder / "preprocessor_config.json").exists():
-        processor_of(model).save_pretrained(folder)
-    if not (folder / SAMPLE).exists():
-        Image.new("RGB", (64, 64), "grey").save(folder / SAMPLE)
-    _describe(model, folder)
+    with _written_anew(folder) as scratch:
+        model.config.save_pretrained(scratch)
+        if not (folder / "preprocessor_config.json").exists():
+            processor_of(model).save_pretrained(scratch)
+        if not (folder / SAMPLE).exists():
+            Image.new("RGB", (64, 64), "grey").save(scratch / SAMPLE)
+        _describe(model, scratch)
+        for path in folder.glob(f"{_RESULTS}/stitch-*.yaml"):
+            path.unlink()
     made = make_card(model, card, what_it_prints(model, folder))
-    (folder / CARD).write_text(merge_cards(str(made), old, card.name), encoding="utf-8")
+    with _written_anew(folder) as scratch:
+        (scratch / CARD).write_text(merge_cards(str(made), old, card.name), encoding="utf-8")
+
+
+def card_of(folder: str | Path) -> ModelCard | None:
+    """The card of a folder that `update_repository` is to write anew, to be asked before anything is measured for it.
+
+    None where there is none; what a link to another place leads to is not the folder's, and is neither read nor kept.
+
+    Raises:
+        ValueError: a card that cannot be read, or a sub-directory for results that is a link or no directory.
+    """
+    folder = Path(folder)
+    results = folder / _RESULTS
+    if results.is_symlink() or (results.exists() and not results.is_dir()):
+        raise ValueError(f"{results} is no directory of {folder}, so no results are written there; remove it")
+    path = folder / CARD
+    return _read_card(path) if path.exists() and not _leads_outside(path, folder) else None
+
+
+@contextmanager
+def _written_anew(folder: Path) -> Iterator[Path]:
+    """A scratch folder, whose files then replace those of the folder: no link is written through."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".stitchable-") as scratch:
+        yield Path(scratch)
+        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+            target = folder / path.relative_to(scratch)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+
+
+def _leads_outside(path: Path, folder: Path) -> bool:
+    """Whether it is a link out of the folder, and not to a blob of the cache of the Hub that the folder lies in."""
+    target, root = path.resolve(), folder.resolve()
+    # .../models--USER--NAME/snapshots/COMMIT/FILE -> .../models--USER--NAME/blobs/HASH
+    caches = [parent.parent for parent in root.parents if parent.name == "snapshots" and "--" in parent.parent.name]
+    return not target.is_relative_to(root) and target.parent not in [cache / "blobs" for cache in caches]
 
 
 def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
@@ -116,8 +158,6 @@ def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
     (folder / STITCH_TABLE).write_text(
         json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
     )
-    for path in folder.glob(".eval_results/stitch-*.yaml"):
-        path.unlink()
     for name, content in eval_results_files(model.stitches, Card.of(model.config, "").dataset).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
@@ -181,12 +221,15 @@ def push_folder(
         tags: to be added to the card.
 
     Raises:
-        ValueError: the folder is no checkpoint of a stitchable model, its stitch table is not that of its config, or it
-            has code that is neither this package's nor of a family that the config names.
+        ValueError: the folder is no checkpoint of a stitchable model, its stitch table is not that of its config, it
+            has code that is neither this package's nor of a family that the config names and `families.py` imports, a
+            link out of the folder, or JSON or a card that cannot be read.
         huggingface_hub.errors.HfHubHTTPError: what the Hub refuses, a missing token among it.
     """
     folder = Path(folder)
+    _check_links(folder)
     _check_checkpoint(folder)
+    ours = _read_card(folder / CARD) if (folder / CARD).exists() else None
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):
@@ -195,10 +238,8 @@ def push_folder(
         staged = Path(scratch) / "repository"
         shutil.copytree(folder, staged, copy_function=_link, ignore=shutil.ignore_patterns("__pycache__"))
         _check_checkpoint(staged)
-        if (staged / CARD).exists():
-            merged = merge_cards(
-                (folder / CARD).read_text(encoding="utf-8"), _card_of(api, repo_id, revision), repo_id, tags or ()
-            )
+        if ours is not None:
+            merged = merge_cards(str(ours), _card_on_hub(api, repo_id, revision), repo_id, tags or ())
             (staged / CARD).unlink()  # a link to the user's own
             (staged / CARD).write_text(merged, encoding="utf-8")
         return api.upload_folder(
@@ -226,12 +267,22 @@ def check_new_folder(folder: Path) -> None:
         raise ValueError(f"{folder} already holds something; choose a new folder, or remove it")
 
 
+def _check_links(folder: Path) -> None:
+    """Refuse links, whose targets would be published in their place, out of the folder or to directories."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and (path.is_dir() or _leads_outside(path, folder)):
+            raise ValueError(
+                f"{path} would be published, but is a link to {path.resolve()}; put a copy in its place, or remove it"
+            )
+
+
 def _check_checkpoint(folder: Path) -> None:
-    config = _read_json(folder / "config.json")
-    if config.get("model_type") != StitchableConfig.model_type:
+    config = _read_json(folder / "config.json") if (folder / "config.json").exists() else None
+    if not isinstance(config, dict) or config.get("model_type") != StitchableConfig.model_type:
         raise ValueError(f"{folder} is no checkpoint of a stitchable model: it has no config.json that says so")
     table = folder / STITCH_TABLE
-    if table.exists() and _read_json(table).get("stitches") != config.get("stitches"):
+    stitches = _read_json(table) if table.exists() else config
+    if not isinstance(stitches, dict) or stitches.get("stitches") != config.get("stitches"):
         raise ValueError(
             f"{table} is not the table of the stitches in {folder / 'config.json'}, from which models are loaded; "
             "remove it, or let stitchable eval or calibrate write both anew"
@@ -242,38 +293,55 @@ def _check_checkpoint(folder: Path) -> None:
 def _check_code(folder: Path, config: StitchableConfig) -> None:
     """Refuse code that whoever loads the repository with `trust_remote_code=True` may run, but nobody meant to publish.
 
-    That is all but this package's, and the files of families of one's own that the config names.
+    That is all but this package's, and the files of families of one's own that the config names and `families.py`
+    imports.
     """
     package = Path(modeling_stitchable.__file__).parent
     ours = {path.name: path.read_bytes() for path in package.glob("*.py")}
-    has_own = any(not timm.is_model(anchor["architecture"]) for anchor in config.anchors)
-    families = set(config.families) - set(ours) if has_own else set()
-    for path in sorted(folder.rglob("*.py")):
-        name = path.relative_to(folder).as_posix()
-        if name in families or path.read_bytes() == ours.get(name):
+    families = files_of_families(
+        folder, set(config.families) - set(ours), {anchor["architecture"] for anchor in config.anchors}
+    )
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in files if "__pycache__" not in path.relative_to(folder).parts]  # which is not published
+    files.sort(key=lambda path: (path.name != "families.py", path))  # what the others are judged by
+    for path in files:
+        name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
+        if suffix not in (".py", *_COMPILED) or name in families or path.read_bytes() == ours.get(name):
             continue
-        if name != "families.py" or not is_families_file(path.read_text(encoding="utf-8"), families):
-            raise ValueError(
-                f"{path} would be published, but is neither code of stitchable {STITCHABLE_VERSION} nor of a family "
-                "that config.json names; remove it, or save the model anew into another folder"
-            )
-    for path in sorted(folder.rglob("*.json")):
-        content = _read_json(path)
-        expected = config.auto_map if path == folder / "config.json" else None
-        if content.get("auto_map") != expected or "custom_pipelines" in content:
+        raise ValueError(
+            f"{path} would be published, but is neither code of stitchable {STITCHABLE_VERSION} nor of a family that "
+            "config.json names, families.py imports, and this process has in the same words if it has it; remove it, "
+            "or save the model anew into another folder"
+        )
+    for path in files:
+        if path.suffix.lower() != ".json":
+            continue
+        named = _code_in(_read_json(path))
+        if named != ([config.auto_map] if path == folder / "config.json" else []):
             raise ValueError(
                 f"{path} names code that is not of stitchable {STITCHABLE_VERSION} (auto_map, custom_pipelines), which "
                 "would be run by those who trust this repository; save the model anew into another folder"
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none."""
+def _code_in(content: Any) -> list[Any]:
+    """What JSON says of code that transformers should run, however deep."""
+    found, members = [], [content]
+    while members:
+        member = members.pop()
+        if isinstance(member, dict):
+            found += [member[key] for key in ("auto_map", "custom_pipelines") if key in member]
+            members += member.values()
+        elif isinstance(member, list):
+            members += member
+    return found
+
+
+def _read_json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    return content if isinstance(content, dict) else {}
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} would be published, but is no JSON: {error}; remove it, or write it anew") from error
 
 
 def _link(source: str, target: str) -> None:
@@ -285,12 +353,21 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _card_of(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
+def _card_on_hub(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
     try:
         path = api.hf_hub_download(repo_id, CARD, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
-    return ModelCard.load(path)
+    return _read_card(Path(path))
+
+
+def _read_card(path: Path) -> ModelCard:
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+        str(card)  # as it will be written
+    except Exception as error:  # the readers of its metadata have many ways to say that they cannot work with them
+        raise ValueError(f"the model card {path} cannot be read; mend it, or remove it: {error}") from error
+    return card
 
 
 def processor_of(model: StitchablePreTrainedModel, token: bool | str | None = None) -> BaseImageProcessor:
@@ -309,6 +386,8 @@ def processor_of(model: StitchablePreTrainedModel, token: bool | str | None = No
 
 def _sample_of(model: StitchablePreTrainedModel, token: bool | str | None) -> Image.Image | None:
     path = file_of(model, SAMPLE, token)
+    if path and _leads_outside(Path(path), Path(path).parent):
+        raise ValueError(f"{path} would be published, but is a link to {Path(path).resolve()}; put a copy in its place")
     return Image.open(path) if path else None
 
 

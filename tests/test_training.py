@@ -419,7 +419,9 @@ def test_a_run_resumed_with_accumulated_gradients_is_the_same_training(tmp_path)
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "parts").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
-    assert (run_folder / "draws.tsv").read_text() == (tmp_path / "whole-run" / "draws.tsv").read_text()
+    assert (run_folder / "draws.tsv").read_text(encoding="utf-8") == (tmp_path / "whole-run" / "draws.tsv").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_what_may_change_when_a_run_is_resumed(tmp_path) -> None:

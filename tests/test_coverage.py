@@ -2,10 +2,14 @@
 
 import inspect
 import pickle
+import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
+from torch import nn
 
+from stitchable import coverage
 from stitchable.coverage import survey, timm_modules, to_markdown
 from stitchable.model import adapters, anchors
 from timm_modules import PAIRS
@@ -52,3 +56,20 @@ def test_adapters_stay_descriptions() -> None:
     for made in adapters.ADAPTERS.values():
         if not isinstance(made, anchors.Adapter):
             assert len(inspect.getsource(made).splitlines()) < 30, made
+
+
+def test_a_survey_neither_builds_models_nor_replaces_what_constructs_them(monkeypatch) -> None:
+    """Building all of timm's takes minutes; a replaced `nn.Module.__init__` would be met by every other thread."""
+    monkeypatch.setattr(coverage, "create_model", None)
+    construct = nn.Module.__init__
+    kept = []
+
+    def watch(frame: FrameType, event: str, argument: object) -> None:
+        kept.append(nn.Module.__init__ is construct)
+
+    sys.setprofile(watch)
+    try:
+        survey(["convnext"])
+    finally:
+        sys.setprofile(None)
+    assert set(kept) == {True}

@@ -1,6 +1,7 @@
 """Which architectures can be stitched: a table of timm's modules, with the reason where one cannot."""
 
 import difflib
+import traceback
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import build_model_with_cfg
 from torch import nn
 from transformers.utils import logging
 
@@ -91,7 +93,7 @@ def _look_at(name: str, architectures: Sequence[str]) -> Module:
     patterns: Counter[str] = Counter()
     reasons: dict[str, None] = {}
     for architecture in architectures:
-        adapter = _adapter_of(name, architecture)
+        adapter = _adapter_of(architecture)
         if isinstance(adapter, Adapter):
             patterns[describe_pattern(adapter)] += 1
         else:
@@ -105,12 +107,11 @@ def _look_at(name: str, architectures: Sequence[str]) -> Module:
     )
 
 
-def _adapter_of(name: str, architecture: str) -> Adapter | str:
-    """The adapter of an architecture of a module of timm, or why it has none."""
+def _adapter_of(architecture: str) -> Adapter | str:
+    """The adapter of an architecture, or why it has none."""
     try:
-        model_class = _class_begun_by(architecture)
-        is_model = hasattr(model_class, "forward_features")  # else it is a part that its model is given
-        if is_model and model_class.__module__ == f"timm.models.{name}":
+        model_class = own_architectures().get(architecture) or _class_of(architecture)
+        if model_class is not None:
             adapter = adapter_of_class(model_class)
             if isinstance(adapter, Adapter):
                 return adapter
@@ -120,29 +121,20 @@ def _adapter_of(name: str, architecture: str) -> Adapter | str:
         return str(error).partition(" cannot be stitched: ")[2] or str(error)
 
 
-def _class_begun_by(architecture: str) -> type[nn.Module]:
-    """The class of the first module that is constructed for an architecture, mostly the model itself: without building.
+def _class_of(architecture: str) -> type[nn.Module] | None:
+    """The class that timm constructs for an architecture, without building it; None if that cannot be seen.
 
-    Building all of timm's models takes minutes, even on the meta device.
+    Building all of timm's models takes minutes, even on the meta device. No constructor takes the argument given here,
+    and where it is refused, the builder that all of timm's models pass through had the class in hand.
     """
-    construct = nn.Module.__init__
-
-    def begin(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        raise _Begun(type(module))
-
-    nn.Module.__init__ = begin  # type: ignore[assignment,method-assign]
     try:
-        create_model(architecture, num_classes=None)
-    except _Begun as begun:
-        return begun.model_class
-    finally:
-        nn.Module.__init__ = construct  # type: ignore[method-assign]
-    raise AssertionError(f"{architecture} is built without a module")
-
-
-class _Begun(BaseException):
-    def __init__(self, model_class: type[nn.Module]) -> None:
-        self.model_class = model_class
+        with torch.device("meta"):
+            return type(timm.create_model(architecture, no_such_argument=True))
+    except TypeError as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is build_model_with_cfg.__code__:
+                return frame.f_locals["model_cls"]
+    return None
 
 
 def describe_pattern(adapter: Adapter) -> str:

@@ -361,15 +361,18 @@ def app_(
 ) -> None:
     """Show a page to try the model on: upload an image, move a budget, compare two stitches."""
     try:
-        from stitchable.app import create_page, launch, pictures_of
+        from stitchable.app import load_page
         from stitchable.publishing import processor_of
+
+        page = load_page()
     except ModuleNotFoundError as error:
         raise ImportError(f"the page needs {error.name}: pip install 'stitchable[app]'") from error
     if images is not None and not images.is_dir():
         raise ValueError(f"there is no folder {images}")
     loaded = _to(_load(model, trust_remote_code), device)
     title = Path(model).resolve().name if Path(model).is_dir() else model
-    launch(create_page(loaded, processor_of(loaded), title, pictures_of(loaded, images)), port)
+    pictures = page.pictures_of(loaded, images)
+    page.launch(page.create_page(loaded, processor_of(loaded), title, pictures), port)
 
 
 def _read(*arguments: Any, **options: Any) -> Any:

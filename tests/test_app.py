@@ -1,20 +1,23 @@
 """What the page of `stitchable app` is made of, without a browser; tests/test_browser.py has the page in one."""
 
 import gc
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from families import make
 from odd_images import broken, picture
-from stitchable.app import class_names, classify, create_page, describe, pictures_of, read_picture
+from stitchable.app import load_page, space_folder
 from stitchable.card import SAMPLE, Card
 from stitchable.processing import image_processor
 from stitchable.publishing import save_repository
 
+page = load_page()
 # gradio leaves event loops to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -29,15 +32,15 @@ def _forget_pages() -> Iterator[None]:
 
 def page_of(model) -> str:
     """All that the page says at the start."""
-    return str(create_page(model, image_processor(model.config, crop_pct=1.0), "tiny").get_config_file())
+    return str(page.create_page(model, image_processor(model.config, crop_pct=1.0), "tiny").get_config_file())
 
 
 def test_scores_are_those_of_the_stitch_and_no_class_is_lost() -> None:
     names = {0: "cat", 1: "crane", 2: "dog", 3: "crane", 4: "owl"}
     model = make("vit", id2label=names)
-    assert class_names(model.config) == ["cat", "crane (1)", "dog", "crane (3)", "owl"]
+    assert page.class_names(model.config) == ["cat", "crane (1)", "dog", "crane (3)", "owl"]
     processor = image_processor(model.config, crop_pct=1.0)
-    scores, seconds = classify(model, processor, picture(), 5)
+    scores, seconds = page.classify(model, processor, picture(), 5)
     pixel_values = processor(images=picture(), return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         expected = model(pixel_values, stitch_id=5).logits[0].softmax(-1)
@@ -47,7 +50,7 @@ def test_scores_are_those_of_the_stitch_and_no_class_is_lost() -> None:
 
 def test_a_line_of_pixels_is_refused_before_it_is_resized(tmp_path) -> None:
     with pytest.raises(ValueError, match="cannot be read: one side is more than 50 times the other"):
-        read_picture(broken(tmp_path)["line"])
+        page.read_picture(broken(tmp_path)["line"])
 
 
 @pytest.mark.parametrize("kept", [list(range(9)), [4]])
@@ -65,7 +68,7 @@ def test_a_page_needs_no_measured_accuracy_and_no_second_stitch(kept: list[int])
 def test_unknown_figures_are_left_out() -> None:
     model = make("vit")
     model.record(4, flops=None, params=None)
-    assert describe(model.stitches[4], ["a", "b"], "kFLOPs", 1e3) == "**Stitch 4**: a 0–1 → b 0–2\n\n"
+    assert page.describe(model.stitches[4], ["a", "b"], "kFLOPs", 1e3) == "**Stitch 4**: a 0–1 → b 0–2\n\n"
     for stitch in model.stitches:
         model.record(stitch.id, flops=None)
     with pytest.raises(ValueError, match=r"stitchable\.update_costs\(model\) counts them"):
@@ -74,11 +77,21 @@ def test_unknown_figures_are_left_out() -> None:
 
 def test_pictures_are_the_users_and_then_the_checkpoints(tmp_path) -> None:
     model = make("vit")
-    assert pictures_of(model, None) == []
+    assert page.pictures_of(model, None) == []
     save_repository(model, tmp_path / "model", image_processor(model.config), Card("tiny"))
     model.name_or_path = str(tmp_path / "model")
     images = tmp_path / "images"
     (images / "folder").mkdir(parents=True)
     for name in ("b.png", "a.JPG", ".hidden.png", "notes.txt"):
         (images / name).touch()
-    assert [Path(path).name for path in pictures_of(model, images)] == ["a.JPG", "b.png", SAMPLE]
+    assert [Path(path).name for path in page.pictures_of(model, images)] == ["a.JPG", "b.png", SAMPLE]
+
+
+def test_the_example_is_a_complete_space() -> None:
+    folder = space_folder()
+    header = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert (header["sdk"], (folder / header["app_file"]).is_file()) == ("gradio", True)
+    assert "stitchable[app]" in (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    lowest = re.search(r"gradio>=([\d.]+)", (folder.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert lowest is not None
+    assert [int(part) for part in header["sdk_version"].split(".")][:2] == [int(part) for part in lowest[1].split(".")]

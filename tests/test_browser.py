@@ -21,11 +21,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-import stitchable.app
 from families import make
 from odd_images import broken, picture, readable
 from stitchable import StitchableForImageClassification
-from stitchable.app import classify, read_picture
+from stitchable.app import load_page, space_folder
 from stitchable.card import Card
 from stitchable.processing import image_processor
 from stitchable.publishing import processor_of, save_repository
@@ -140,7 +139,8 @@ def page(browser, address) -> Page:
 
 def expected(folder: Path, path: Path, stitch_id: int) -> list[tuple[str, str]]:
     model = StitchableForImageClassification.from_pretrained(folder)
-    scores, _ = classify(model.eval(), processor_of(model), read_picture(path), stitch_id)
+    page = load_page()
+    scores, _ = page.classify(model.eval(), processor_of(model), page.read_picture(path), stitch_id)
     best = sorted(scores.items(), key=lambda item: -item[1])
     return [(name, f"{round(100 * score)}%") for name, score in best]
 
@@ -214,7 +214,7 @@ def test_a_broken_image_gets_a_message_and_the_page_goes_on(kind, message, page,
 
 
 def test_the_file_alone_is_a_space(browser, folder, tmp_path) -> None:
-    shutil.copy(stitchable.app.__file__, tmp_path / "app.py")
+    shutil.copytree(space_folder(), tmp_path, dirs_exist_ok=True)
     (tmp_path / "images").mkdir()
     picture().save(tmp_path / "images" / "ramp.png")
     with serve([sys.executable, "app.py"], tmp_path, STITCHABLE_MODEL=str(folder)) as address:
@@ -232,7 +232,7 @@ def test_the_file_alone_is_a_space(browser, folder, tmp_path) -> None:
     ],
 )
 def test_a_space_without_a_model_says_so(model, message, browser, tmp_path) -> None:
-    shutil.copy(stitchable.app.__file__, tmp_path / "app.py")
+    shutil.copytree(space_folder(), tmp_path, dirs_exist_ok=True)
     with serve([sys.executable, "app.py"], tmp_path, STITCHABLE_MODEL=model) as address:
         said = Page(browser, address).wait_for("#message", "No model")
     assert message in said

@@ -14,7 +14,7 @@ from transformers import pipeline
 from families import make
 from odd_images import broken, picture, readable
 from sources import DataError, decode
-from stitchable.app import read_picture
+from stitchable.app import load_page
 from stitchable.images import read_batches
 from stitchable.processing import image_processor, to_rgb
 
@@ -41,7 +41,7 @@ def in_a_folder(path: Path) -> Path:
 def test_every_reader_sees_the_same_picture(kind, tmp_path) -> None:
     path, shown = readable(tmp_path)[kind]
     wanted = np.asarray(shown)
-    assert np.array_equal(np.asarray(read_picture(path)), wanted)
+    assert np.array_equal(np.asarray(load_page().read_picture(path)), wanted)
     assert np.array_equal(np.asarray(decode({"image": {"bytes": path.read_bytes(), "path": None}})), wanted)
     processor = image_processor(make("vit").config, crop_pct=1.0)
     (batch,) = read_batches(str(in_a_folder(path)), processor)
@@ -66,7 +66,7 @@ def test_the_pipeline_takes_every_kind(kind, tmp_path) -> None:
 def test_a_broken_image_is_named_by_every_reader(kind, tmp_path) -> None:
     path = broken(tmp_path)[kind]
     with pytest.raises(ValueError, match="This image cannot be read: "):
-        read_picture(path)
+        load_page().read_picture(path)
     with pytest.raises(DataError, match=f"the image {path} cannot be read: "):
         decode({"image": {"bytes": None, "path": str(path)}})
     processor = image_processor(make("vit").config, crop_pct=1.0)
@@ -82,7 +82,7 @@ def test_floating_point_pixels_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="have no known white"):
         to_rgb(ImageFeature().decode_example({"bytes": None, "path": str(path)}))
     with pytest.raises(ValueError, match="have no known white"):
-        read_picture(path)
+        load_page().read_picture(path)
 
 
 def test_more_than_sixteen_bits_are_clipped_not_wrapped() -> None:

@@ -1,250 +1,30 @@
-"""A page to try a stitchable model on: an image, a slider over the budget, two stitches side by side.
+"""The page of `stitchable app`, which is the example Space: examples/space, which a wheel carries too."""
 
-`stitchable app MODEL` shows it. The same file is the `app.py` of a Hugging Face Space whose requirements name
-`stitchable[app]`: there the variable STITCHABLE_MODEL says which model, and the folder "images" holds more pictures.
-"""
-
-import math
-import os
-import statistics
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+import importlib.util
+import sys
 from pathlib import Path
-from typing import Any
-
-import gradio as gr
-import torch
-from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from transformers import BaseImageProcessor
-
-from stitchable import StitchableConfig, StitchableForImageClassification
-from stitchable.card import SAMPLE, short_names
-from stitchable.model.routes import Stitch, find_stitch
-from stitchable.plots import flops_unit, plot_stitches, route_in_words
-from stitchable.processing import to_rgb
-from stitchable.publishing import file_of, processor_of
-
-TIMED_CALLS = 5
-# A few bytes can be an image of one by a million pixels, which the image processor would make 224 by as many millions.
-_MAX_ASPECT_RATIO = 50
+from types import ModuleType
 
 
-def create_page(
-    model: StitchableForImageClassification,
-    processor: BaseImageProcessor,
-    title: str,
-    pictures: Sequence[str | Path] = (),
-) -> gr.Blocks:
-    """The page of a model.
-
-    Args:
-        model: on its device.
-        processor: its image processor.
-        title: what to call it.
-        pictures: image files to pick from; the page begins with the first.
+def load_page() -> ModuleType:
+    """The module of the example Space: `create_page`, `launch` and what they are made of.
 
     Raises:
-        ValueError: no stitch has known FLOPs.
+        ModuleNotFoundError: gradio is not installed.
     """
-    model.eval()
-    names = short_names(model.config)
-    flops = [stitch.flops for stitch in model.stitches if stitch.flops]
-    if not flops:
-        raise ValueError("no stitch of this model has known FLOPs; stitchable.update_costs(model) counts them")
-    unit, divisor = flops_unit(max(flops))
-    least, most = (math.ceil(1000 * number / divisor) / 1000 for number in (min(flops), max(flops)))
-    is_measured = any("accuracy" in stitch.metrics and stitch.flops for stitch in model.stitches)
-
-    def choose(budget: float) -> int:
-        # It becomes the model's default too, on which no call of this page relies.
-        return model.for_budget(flops=round(budget * divisor)).id
-
-    def draw(first: int, second: int) -> Any:
-        return plot_stitches(model.stitches, names, marked={"A": first, "B": second})
-
-    def answer(picture: str | None, stitch_id: int) -> tuple[str, dict[str, float] | None]:
-        facts = describe(find_stitch(model.stitches, stitch_id), names, unit, divisor)
-        if picture is None:
-            return facts, None
-        scores, seconds = classify(model, processor, read_picture(picture), stitch_id)
-        return f"{facts}\n\n**{1e3 * seconds:.2f} ms** here, the median of {TIMED_CALLS} calls", scores
-
-    # What a call takes is measured, so no other may run at the same time: neither the other side's nor the drawing.
-    one_at_a_time: dict[str, Any] = {
-        "concurrency_id": "model",
-        "concurrency_limit": 1,
-        "trigger_mode": "always_last",
-    }
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(86400, 86400)) as page:
-        gr.Markdown(
-            f"# {title}\nOne checkpoint that is {len(model.stitches)} networks. Move a budget, and the most accurate "
-            "network within it answers, with no reload."
-        )
-        with gr.Row():
-            with gr.Column():
-                picture = _picture_input(pictures)
-            if is_measured:
-                curve = gr.Plot(show_label=False, elem_id="curve")
-            else:
-                gr.Markdown("No stitch has a measured accuracy; `stitchable eval` measures them.")
-        chosen = []
-        with gr.Row():
-            for side, start in (("A", least), ("B", most)):
-                with gr.Column():
-                    label = f"Budget {side}, {unit} per image"
-                    budget = gr.Slider(
-                        least, max(most, least + 0.001), start, step=0.001, label=label, elem_id=f"budget-{side}"
-                    )
-                    choices = [(f"{s.id}: {route_in_words(s, names)}", s.id) for s in model.stitches]
-                    stitch = gr.Dropdown(choices, value=choose(start), label=f"Stitch {side}", elem_id=f"stitch-{side}")
-                    facts = gr.Markdown(elem_id=f"facts-{side}")
-                    scores = gr.Label(num_top_classes=5, label=f"Top 5 of {side}", elem_id=f"scores-{side}")
-                chosen.append(stitch)
-                budget.change(_shown(choose), budget, stitch, trigger_mode="always_last", show_progress="hidden")
-                events = [page.load, picture.change, stitch.change]
-                gr.on(events, _shown(answer), [picture, stitch], [facts, scores], **one_at_a_time)
-        if is_measured:
-            events = [page.load, *(stitch.change for stitch in chosen)]
-            gr.on(events, draw, chosen, curve, show_progress="hidden", **one_at_a_time)
-    return page
+    name = "stitchable_page"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, space_folder() / "app.py")
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{space_folder()} has no app.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
 
 
-def create_message(message: str) -> gr.Blocks:
-    """A page that only says something."""
-    with gr.Blocks(title="stitchable", analytics_enabled=False) as page:
-        gr.Markdown(message, elem_id="message")
-    return page
-
-
-def launch(page: gr.Blocks, port: int | None = None) -> None:
-    """Show a page until it is stopped; the variables GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say where, too."""
-    page.launch(server_port=port, footer_links=[], max_file_size="20mb")
-
-
-def _picture_input(pictures: Sequence[str | Path]) -> gr.Image:
-    """The image of the page, by its file, and pictures to pick from."""
-    picture = gr.Image(
-        str(pictures[0]) if pictures else None,
-        type="filepath",
-        image_mode=None,
-        sources=["upload", "clipboard"],
-        label="Image",
-        height=260,
-        elem_id="picture",
-    )
-    preprocess = picture.preprocess  # changed on the instance: gradio writes a stub file beside every subclass
-
-    def checked(payload: Any) -> Any:
-        try:
-            return preprocess(payload)
-        except FileNotFoundError as error:
-            raise gr.Error("This picture is no longer here; upload it again.", print_exception=False) from error
-        except Exception as error:  # decoders raise whatever they like
-            raise gr.Error("This file is not an image that can be read.", print_exception=False) from error
-
-    picture.preprocess = checked  # type: ignore[method-assign]
-    # Not gr.Examples, which would put a fresh gr.Image in the place of this one.
-    cached = [picture.move_resource_to_block_cache(str(path)) for path in pictures]
-    picture.keep_in_cache.update(path for path in cached if path)
-    if cached:
-        samples = gr.Dataset(components=["image"], samples=[[path] for path in cached], label="Or pick one")
-        samples.click(lambda sample: sample[0], samples, picture, show_progress="hidden")
-    return picture
-
-
-def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a visitor did wrong as a message on the page."""
-
-    def run(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except (ValueError, TypeError) as error:  # TypeError: a budget that was deleted
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return run
-
-
-def classify(
-    model: StitchableForImageClassification, processor: BaseImageProcessor, image: Image.Image, stitch_id: int
-) -> tuple[dict[str, float], float]:
-    """The score of every class by its name, and the median seconds of a few calls after a first one."""
-    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
-
-    def call() -> torch.Tensor:
-        return model(pixel_values, stitch_id=stitch_id).logits.float().cpu()  # which waits for the device
-
-    with torch.inference_mode():
-        scores = call()[0].softmax(-1).tolist()
-        seconds = statistics.median(_seconds(call) for _ in range(TIMED_CALLS))
-    return dict(zip(class_names(model.config), scores, strict=True)), seconds
-
-
-def class_names(config: StitchableConfig) -> list[str]:
-    """The classes in order, with their numbers where several have one name (ImageNet has two kinds of crane)."""
-    names = [name for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
-    times = Counter(names)
-    return [name if times[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def describe(stitch: Stitch, names: Sequence[str], unit: str, divisor: float) -> str:
-    """What the stitch table knows of a stitch."""
-    accuracy = stitch.metrics.get("accuracy")
-    figures = [f"{stitch.flops / divisor:.3f} {unit}"] if stitch.flops else []
-    figures += [f"{stitch.params:,} parameters"] if stitch.params else []
-    figures += [] if accuracy is None else [f"accuracy {100 * accuracy:.2f} %"]
-    return f"**Stitch {stitch.id}**: {route_in_words(stitch, names)}\n\n{', '.join(figures)}"
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """An image file in RGB, turned as its EXIF data say; of an animation the first frame.
-
-    Raises:
-        ValueError: it cannot be read, or is a line more than a picture.
-    """
-    try:
-        with Image.open(path) as image:
-            if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
-                raise ValueError(f"one side is more than {_MAX_ASPECT_RATIO} times the other")
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
-        reason = str(error).replace(str(path), "the file") or type(error).__name__
-        raise ValueError(f"This image cannot be read: {reason}.") from error
-
-
-def pictures_of(model: StitchableForImageClassification, folder: Path | None) -> list[Path]:
-    """The images in a folder, and the one that the model's checkpoint brings with its card."""
-    files = sorted(folder.iterdir()) if folder else []
-    suffixes = Image.registered_extensions()
-    pictures = [path for path in files if path.suffix.lower() in suffixes and not path.name.startswith(".")]
-    sample = file_of(model, SAMPLE)
-    return [*pictures, *([Path(sample)] if sample else [])]
-
-
-def main() -> None:
-    """Run as a Space."""
-    source = os.environ.get("STITCHABLE_MODEL")
-    images = Path(__file__).with_name("images")
-    try:
-        if not source:
-            raise ValueError("the variable STITCHABLE_MODEL must be the id of a stitchable model")
-        model: Any = StitchableForImageClassification.from_pretrained(source)
-        if torch.accelerator.is_available():
-            model.to(torch.accelerator.current_accelerator())
-        pictures = pictures_of(model, images if images.is_dir() else None)
-        page = create_page(model, processor_of(model), source, pictures)
-    except (ValueError, OSError, ImportError, HfHubHTTPError, SafetensorError) as error:
-        page = create_message(f"# No model\n{source or 'Nothing'} cannot be shown: {error}")
-    launch(page)
-
-
-if __name__ == "__main__":
-    main()
+def space_folder() -> Path:
+    """The folder of the example Space: app.py, requirements.txt, README.md."""
+    installed = Path(__file__).with_name("example_space")
+    # In an editable installation it lies where the repository keeps it.
+    return installed if installed.exists() else Path(__file__).parents[2] / "examples" / "space"

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/digits
 
-.PHONY: demo test test-all test-slow test-browser families check format benchmark clean
+.PHONY: demo test test-all test-slow test-browser docs families check format benchmark clean
 
 # The main job on embedded data: anchors in, one checkpoint with every stitch trained and measured out.
 demo: $(INSTALLED)
@@ -36,6 +36,10 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation as a site, in the folder site/; anything that does not fit is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The table of docs/families.md, which is the end of that page.
 families: $(INSTALLED)

@@ -2,7 +2,7 @@
 
     python benchmarks/any_two.py
 
-For every pair of tests/timm_modules.py at its image size: the seconds of `StitchableConfig.from_anchors`, which builds
+For every pair of tests/timm_modules.py at its image size: the seconds of `stitchable.make_config`, which builds
 both on the meta device, beside the seconds that timm needs to build both with random weights, in the same run.
 """
 
@@ -17,7 +17,7 @@ import timm
 from report import write_report
 from tqdm import tqdm
 
-from stitchable import StitchableConfig
+import stitchable
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from timm_modules import PAIRS, VARIANTS
@@ -33,7 +33,7 @@ def main() -> None:
         names = [pair.small, pair.large]
 
         def configure(names: list[str] = names, size: int = pair.image_size) -> Any:
-            return StitchableConfig.from_anchors(names, image_size=size, **PIXELS)
+            return stitchable.make_config(names, image_size=size, **PIXELS)
 
         config, taken = timed(configure)
         sizes = [entry["kwargs"] for entry in config.anchors]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 SCRIPT = "from stitchable_cli import main; main()"
 PACKAGE = (
-    "from stitchable import card, carried, conversion, coverage, export, plots, processing, publishing",
+    "from stitchable import card, conversion, coverage, export, plots, processing, publishing",
     "from huggingface_hub.errors import HfHubHTTPError",
 )
 PROGRAMS = {

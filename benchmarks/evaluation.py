@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import stitchable
 from stitchable import StitchableForImageClassification, evaluate
 from stitchable.evaluation import run_stitches
 from stitchable.processing import image_processor
@@ -43,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    deit = StitchableForImageClassification.from_anchors(DEIT, pretrained=False).eval()
+    deit = stitchable.from_anchors(DEIT, pretrained=False).eval()
     figures = {"arithmetic": compare(deit, arguments.images, batch_size=arguments.images, rounds=5, limit=0.85)}
     figures["decoding"] = compare(small_family(), arguments.files, batch_size=50, rounds=3, limit=0.25)
     for name, row in figures.items():
@@ -55,7 +56,7 @@ def small_family() -> StitchableForImageClassification:
     """71 stitches of three anchors with twelve small blocks."""
     kwargs = {"img_size": 64, "patch_size": 16, "num_heads": 2}
     anchors = [{"architecture": DEIT[0], "kwargs": {**kwargs, "embed_dim": width}} for width in (32, 48, 64)]
-    return StitchableForImageClassification.from_anchors(anchors, pretrained=False, num_labels=10, image_size=64).eval()
+    return stitchable.from_anchors(anchors, pretrained=False, num_labels=10, image_size=64).eval()
 
 
 def compare(

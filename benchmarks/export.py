@@ -11,7 +11,7 @@ from pathlib import Path
 
 from report import write_report
 
-from stitchable import StitchableForImageClassification
+import stitchable
 from stitchable.export import WEIGHTS, export_onnx
 
 ANCHORS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
@@ -20,7 +20,7 @@ ANCHORS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16
 def main() -> None:
     """Export everything, weigh the folder, and write benchmarks/results/export.json."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    model = StitchableForImageClassification.from_anchors(ANCHORS, pretrained=False)
+    model = stitchable.from_anchors(ANCHORS, pretrained=False)
     with tempfile.TemporaryDirectory() as folder:
         graphs = [path.stat().st_size for path in export_onnx(model, Path(folder) / "graphs").values()]
         weights = (Path(folder) / "graphs" / WEIGHTS).stat().st_size

@@ -12,7 +12,7 @@ import torch
 from report import write_report
 from tqdm import tqdm
 
-from stitchable import StitchableForImageClassification
+import stitchable
 
 SAME_PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 FAMILIES = {
@@ -49,7 +49,7 @@ def main() -> None:
     print("| family | stitches | max difference to timm | FLOPs of the anchors | fvcore |\n|:---|---:|---:|:---|:---|")
     for name, (architectures, settings) in tqdm(FAMILIES.items(), desc="families", leave=False):
         torch.manual_seed(0)
-        model = StitchableForImageClassification.from_anchors(architectures, pretrained=False, **settings).eval()
+        model = stitchable.from_anchors(architectures, pretrained=False, **settings).eval()
         x = torch.randn(2, 3, *model.config.image_size)
         difference, flops = 0.0, []
         for index, entry in enumerate(model.config.anchors):

@@ -13,7 +13,8 @@ import statistics
 import torch
 from report import write_report
 
-from stitchable import StitchableForImageClassification, calibrate
+import stitchable
+from stitchable import calibrate
 from stitchable.latency import measure_latencies
 
 ANCHORS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=12)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    model = StitchableForImageClassification.from_anchors(ANCHORS, pretrained=False)
+    model = stitchable.from_anchors(ANCHORS, pretrained=False)
     ids = [stitch.id for stitch in model.stitches]
     predicted: dict[int, list[float]] = {i: [] for i in ids}
     measured: dict[int, list[float]] = {i: [] for i in ids}

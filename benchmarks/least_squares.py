@@ -18,6 +18,7 @@ from report import write_report
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
+import stitchable
 from stitchable import StitchableForImageClassification
 from stitchable.initialization import Accumulator, Key, Place, anchor_features, places_of_layers
 
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    model = StitchableForImageClassification.from_anchors(ANCHORS, pretrained=False).eval()
+    model = stitchable.from_anchors(ANCHORS, pretrained=False).eval()
     places = places_of_layers(model)
     batches = list(photographs(arguments.images, model).split(BATCH))
     with torch.no_grad():

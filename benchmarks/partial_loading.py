@@ -18,7 +18,7 @@ from pathlib import Path
 
 from report import write_report
 
-from stitchable import StitchableForImageClassification
+import stitchable
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     with Hub() as hub, tempfile.TemporaryDirectory() as folder:
-        model = StitchableForImageClassification.from_anchors(ANCHORS, pretrained=False)
+        model = stitchable.from_anchors(ANCHORS, pretrained=False)
         model.save_pretrained(folder)
         hub.repositories[REPO] = repository = Repository()
         repository.commit("main", {path.name: path.read_bytes() for path in Path(folder).iterdir()}, "")

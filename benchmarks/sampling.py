@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+import stitchable
+
 ROOT = Path(__file__).parents[1]
 WAYS = ("same", "similar", "independent")
 
@@ -74,13 +76,12 @@ def work(steps: int, rounds: int, result: Path) -> None:
     from loop import Stitches
     from plan import make_accelerator
     from sampling import StitchSampler
-    from stitchable import StitchableForImageClassification
 
     torch.manual_seed(0)
     accelerator = make_accelerator()
     kwargs = {"img_size": 32, "patch_size": 4, "depth": 12, "num_heads": 3}
     anchors = [{"architecture": "vit_tiny_patch16_224", "kwargs": {**kwargs, "embed_dim": w}} for w in (48, 96, 192)]
-    model = StitchableForImageClassification.from_anchors(anchors, pretrained=False, num_labels=10)
+    model = stitchable.from_anchors(anchors, pretrained=False, num_labels=10)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     wrapped, optimizer = accelerator.prepare(Stitches(model), optimizer)
     pixel_values, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10

@@ -73,15 +73,15 @@ def build(
     num_labels: Annotated[int | None, typer.Option(help="Classes; the anchors' own if left out.")] = None,
 ) -> None:
     """Make a stitchable checkpoint of timm models, its stitching layers fitted by least squares."""
-    from stitchable import StitchableForImageClassification, initialize_stitches
+    import stitchable
     from stitchable.card import Card
-    from stitchable.carried import run_modules
+    from stitchable.families.registry import run_modules
     from stitchable.processing import image_processor
     from stitchable.publishing import check_new_folder, save_repository
 
     check_new_folder(output)
     run_modules([str(path) for path in module or ()])
-    model = StitchableForImageClassification.from_anchors(
+    model = stitchable.from_anchors(
         anchors,
         pretrained=pretrained,
         kernel_size=kernel_size,
@@ -99,7 +99,7 @@ def build(
         typer.echo("no --images: the stitching layers stay random, and only the anchors are of use", err=True)
     else:
         batches = _read(images, processor, split=split, image_column=image_column, batch_size=min(64, num_samples))
-        initialize_stitches(model, batches, num_samples=num_samples)
+        stitchable.initialize_stitches(model, batches, num_samples=num_samples)
     save_repository(model, output, processor, Card(output.resolve().name))
     typer.echo(f"{output}: {len(model.stitches)} stitches of {len(anchors)} anchors")
 
@@ -117,7 +117,7 @@ def families(
 ) -> None:
     """Print which architectures of timm can be stitched, by module, and why the others cannot."""
     from stitchable import coverage
-    from stitchable.carried import run_modules
+    from stitchable.families.registry import run_modules
 
     run_modules([str(path) for path in module or ()])
     rows = coverage.survey(modules or ())

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+import stitchable
 from stitchable import StitchableConfig, StitchableForImageClassification
 
 NUM_LABELS = 5
 SHIPPED = {
-    *("adapters.py", "anchors.py", "architectures.py", "checks.py", "configuration_stitchable.py", "families.py"),
+    *("architectures.py", "chain.py", "configuration_stitchable.py", "operations.py"),
     *("modeling_stitchable.py", "placement.py", "preprocessing.py", "routes.py", "shards.py", "stitching.py"),
 }
 """The code that travels with every checkpoint."""
@@ -126,7 +127,7 @@ def make(name: str, seed: int = 0, **settings: Any) -> StitchableForImageClassif
     settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     key = name, repr(sorted(settings.items()))
     if key not in _configs:  # most of the time of making a tiny model goes into its config
-        _configs[key] = StitchableConfig.from_anchors(family.anchors, pretrained=False, **settings)
+        _configs[key] = stitchable.make_config(family.anchors, pretrained=False, **settings)
     return randomise(StitchableForImageClassification(copy.deepcopy(_configs[key])), seed).eval()
 
 

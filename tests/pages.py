@@ -268,8 +268,9 @@ def _make(folder: Path, hub: Any) -> None:
     from safetensors.torch import save
     from sklearn.datasets import load_digits
 
+    import stitchable
     from hub_server import Repository
-    from stitchable import StitchableConfig, StitchableForImageClassification
+    from stitchable import StitchableForImageClassification
     from stitchable.card import Card
     from stitchable.processing import image_processor
     from stitchable.publishing import save_repository
@@ -279,12 +280,12 @@ def _make(folder: Path, hub: Any) -> None:
         repository = Repository()
         repository.commit("main", {"model.safetensors": save(timm.create_model(name).state_dict())}, "")
         hub.repositories[f"timm/{name}.{timm.get_pretrained_cfg(name).tag}"] = repository
-    model = StitchableForImageClassification.from_anchors(["test_vit", "test_vit3"])
+    model = stitchable.from_anchors(["test_vit", "test_vit3"])
     save_repository(model, folder / "my-model", image_processor(model.config), Card("my-model"))
     recipe = yaml.safe_load((ROOT / "training" / "recipes" / "digits.yaml").read_text(encoding="utf-8"))
     data = recipe["data"]
     settings = {"image_mean": data["image_mean"], "image_std": data["image_std"]}
-    config = StitchableConfig.from_anchors(recipe["anchors"], id2label={i: str(i) for i in range(10)}, **settings)
+    config = stitchable.make_config(recipe["anchors"], id2label={i: str(i) for i in range(10)}, **settings)
     table = json.loads((ROOT / "model_cards" / recipe["name"] / "stitches.json").read_text(encoding="utf-8"))
     config.stitches = table["stitches"]
     model = StitchableForImageClassification(config)

@@ -1,5 +1,6 @@
 """Every module of timm that can be stitched, by its smallest architecture and a stitched pair."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import timm
 import torch
 from torch import nn
 
+import stitchable
 from families import randomise
-from stitchable import StitchableConfig, StitchableForImageClassification, initialize_stitches
+from stitchable import StitchableForImageClassification, initialize_stitches
 from stitchable.costs import count_flops
 from timm_modules import PAIRS, QUICK, VARIANTS
 
@@ -21,7 +23,7 @@ ALL = {**PAIRS, **VARIANTS}
 
 def make(name: str) -> StitchableForImageClassification:
     pair = ALL[name]
-    config = StitchableConfig.from_anchors(
+    config = stitchable.make_config(
         [pair.small, pair.large],
         image_size=pair.image_size,
         num_labels=NUM_LABELS,
@@ -49,9 +51,9 @@ def timm_twin(model: StitchableForImageClassification, index: int) -> nn.Module:
 def check_an_anchor_is_timm(model: StitchableForImageClassification, index: int) -> None:
     x, twin = images_of(model, 2), timm_twin(model, index)
     with torch.no_grad():
-        tokens = model.chains[index].prefix_tokens
+        tokens = model.config.anchors[index]["prefix_tokens"]
         if tokens:  # what features that come without get are those of the stem
-            own, begun = model.chains[index].own_prefix(twin), model.chains[index].run_stem(twin, x).features
+            own, begun = model.chains[index].prefix_of(twin), model.chains[index].run_stem(twin, x).features
             torch.testing.assert_close(own.expand(2, -1, -1), begun[:, :tokens])
         logits = model(x, stitch_id=index).logits
         assert torch.isfinite(logits).all()
@@ -81,7 +83,7 @@ def one_of_each_stage(model: StitchableForImageClassification) -> list:
     for stitch in model.stitches:
         if not stitch.is_anchor:
             (front, _, stop), _ = stitch.route
-            stops = [sum(model.chains[front].stages[: stage + 1]) for stage in range(len(model.chains[front].stages))]
+            stops = list(itertools.accumulate(model.config.anchors[front]["stages"]))
             chosen[next(stage for stage, last in enumerate(stops) if stop <= last)] = stitch
     return list(chosen.values())
 

@@ -1,4 +1,4 @@
-"""`StitchableConfig.from_anchors`: any order, agreement, defaults, and what it refuses."""
+"""`stitchable.make_config`: any order, agreement, defaults, and what it refuses."""
 
 import shutil
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import stitchable
 from families import FAMILIES, make, randomise
 from stitchable import StitchableConfig, StitchableForImageClassification
 
@@ -20,7 +21,7 @@ def vit(**kwargs: object) -> dict:
 
 
 def test_anchors_in_any_order_are_sorted_by_flops() -> None:
-    config = StitchableConfig.from_anchors(DEIT)
+    config = stitchable.make_config(DEIT)
     assert [anchor["architecture"] for anchor in config.anchors] == [DEIT[1], DEIT[2], DEIT[0]]
     assert [anchor["depth"] for anchor in config.anchors] == [12, 12, 12]
     assert (config.num_labels, config.image_size, config.stitch_id) == (1000, [224, 224], 2)
@@ -44,7 +45,7 @@ def test_kwargs_reach_timm_and_travel_in_the_config(tmp_path) -> None:
 
 
 def test_an_image_size_reaches_architectures_that_fix_it() -> None:
-    config = StitchableConfig.from_anchors([vit(), vit(embed_dim=16)], image_size=64, num_labels=3)
+    config = stitchable.make_config([vit(), vit(embed_dim=16)], image_size=64, num_labels=3)
     assert config.anchors[0]["kwargs"]["img_size"] == 64
     assert config.anchors[0]["cuts"][0] == [12, 4, 4]
 
@@ -86,14 +87,14 @@ def test_an_image_size_reaches_architectures_that_fix_it() -> None:
 )
 def test_what_cannot_be_stitched_is_refused(anchors: list, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        StitchableConfig.from_anchors(anchors, **settings)
+        stitchable.make_config(anchors, **settings)
 
 
 def test_anchors_with_other_classes_need_num_labels() -> None:
     anchors = ["swin_tiny_patch4_window7_224.ms_in22k", "swin_tiny_patch4_window7_224.ms_in1k"]
     with pytest.raises(ValueError, match="differ in num_labels"):
-        StitchableConfig.from_anchors(anchors)
-    assert StitchableConfig.from_anchors(anchors, num_labels=7).num_labels == 7
+        stitchable.make_config(anchors)
+    assert stitchable.make_config(anchors, num_labels=7).num_labels == 7
 
 
 @pytest.mark.parametrize("num_labels", [4, 9])
@@ -106,9 +107,7 @@ def test_pretrained_weights_are_timms(num_labels: int, tmp_path) -> None:
         timm.models.save_for_hf(source, tmp_path / f"of-{width}", model_args=kwargs)
         family.append(f"local-dir:{tmp_path / f'of-{width}'}")
         sources.append(source.eval())
-    model = StitchableForImageClassification.from_anchors(
-        family, pretrained=True, num_labels=num_labels, image_size=32, stages=[0, 1]
-    ).eval()
+    model = stitchable.from_anchors(family, pretrained=True, num_labels=num_labels, image_size=32, stages=[0, 1]).eval()
     x = torch.randn(2, 3, 32, 32)
     for index, source in enumerate(sources):
         assert torch.equal(model.anchors[index].forward_features(x), source.forward_features(x))
@@ -142,7 +141,7 @@ def resnet(weights: object, **kwargs: object) -> dict:
 
 
 def from_files(*anchors: dict, **settings: object) -> StitchableForImageClassification:
-    return StitchableForImageClassification.from_anchors(anchors, image_size=32, **settings).eval()
+    return stitchable.from_anchors(anchors, image_size=32, **settings).eval()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".th"])
@@ -228,7 +227,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
 
 def test_weights_need_pretrained(tmp_path) -> None:
     save_resnet(tmp_path / "a.pth")
-    for make_it in (from_files, lambda *anchors, **settings: StitchableConfig.from_anchors(anchors, **settings)):
+    for make_it in (from_files, lambda *anchors, **settings: stitchable.make_config(anchors, **settings)):
         with pytest.raises(ValueError, match=r"anchor 'resnet18' has weights=.*pretrained=False"):
             make_it(resnet(tmp_path / "a.pth"), resnet(None), pretrained=False)
     assert from_files(resnet(None), resnet(None, channels=[12] * 4), pretrained=False, num_labels=2)

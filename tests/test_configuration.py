@@ -35,6 +35,12 @@ def test_an_empty_config_is_only_a_default(valid: dict) -> None:
         (lambda c: c["anchors"][0].pop("architecture"), r"lacks \['architecture'\]"),
         (lambda c: c["anchors"][0].update(layout="XYZ"), "'NCHW', 'NHWC', 'NLC' or 'UNITS', got 'XYZ'"),
         (lambda c: c["anchors"][0]["cuts"].__setitem__(0, [8, 4]), r"\[channels, height, width\] each"),
+        (lambda c: c["anchors"][0].pop("chain"), r"lacks \['chain'\]"),
+        (lambda c: c["anchors"][0].update(chain=3), "the chain of an anchor is a mapping of stem, blocks, neck"),
+        (lambda c: c["anchors"][0]["chain"].update(wings=[]), "the chain of an anchor is a mapping"),
+        (lambda c: c["anchors"][0]["chain"].update(stem=[3]), r"stem of the chain of an anchor .* names: \[3\]"),
+        (lambda c: c["anchors"][0]["chain"].update(context="os.system"), "context of the chain .* 'os.system'"),
+        (lambda c: c["anchors"][0]["chain"].update(parts={"tail": ["x"]}), "parts of the chain of an anchor"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_at_construction(valid: dict, change, message: str) -> None:
@@ -47,8 +53,9 @@ def test_a_config_that_does_not_fit_is_refused_at_construction(valid: dict, chan
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["anchors"][0].update(stages=[1, 2]), r"says \(stages, layout, prefix tokens\)"),
-        (lambda c: c["anchors"][0].update(layout="NHWC"), "layout"),
+        (lambda c: c["anchors"][0]["chain"]["blocks"].pop(), "anchor 0, vit_.*its chain has 2 blocks, its depth is 3"),
+        (lambda c: c["anchors"][0]["chain"].update(neck=["norms"]), "names a part that this model lacks: .*norms"),
+        (lambda c: c["anchors"][0]["chain"].update(call="function:no"), "a function 'no' that is not in operations.py"),
         (lambda c: c["anchors"][1]["cuts"].__setitem__(1, [12, 2, 2]), "equal grids"),
         (lambda c: c["anchors"][1]["cuts"].__setitem__(1, [16, 4, 4]), "joins other cuts elsewhere"),
         (lambda c: c["anchors"][1].update(architecture="vit_none"), "timm .* has no model"),

@@ -11,8 +11,9 @@ import timm
 import torch
 from torch import nn
 
+import stitchable
 from families import FAMILIES, randomise
-from stitchable import StitchableConfig, StitchableForImageClassification, conversion
+from stitchable import StitchableForImageClassification, conversion
 from stitchable.conversion import RELEASES, convert
 from stitchable.costs import update_costs
 from test_costs import DEIT_STITCHES, SWIN, SWIN_STITCHES
@@ -175,7 +176,7 @@ def test_levit_by_the_order_of_its_weights(tmp_path) -> None:
 @pytest.mark.slow
 def test_the_released_families_cost_what_the_authors_report() -> None:
     """At full size, on the meta device: FLOPs to the integer, and the layers of Swin's unpaired stage."""
-    deit = StitchableConfig.from_anchors(list(RELEASES["deit"].anchors))
+    deit = stitchable.make_config(list(RELEASES["deit"].anchors))
     for entry in deit.stitches[3:]:
         entry["skips_neck"] = True
     with torch.device("meta"):
@@ -183,7 +184,7 @@ def test_the_released_families_cost_what_the_authors_report() -> None:
     update_costs(model)
     assert [stitch.flops for stitch in model.stitches[3:]] == DEIT_STITCHES
 
-    swin = StitchableConfig.from_anchors(SWIN)
+    swin = stitchable.make_config(SWIN)
     assert [entry["flops"] for entry in swin.stitches[3:]] == SWIN_STITCHES
     layers = conversion.their_layers(swin, RELEASES["swin"].stages)
     unpaired = [layers[entry["id"]] for entry in swin.stitches if layers.get(entry["id"], ("",))[0] == "2.0"]

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+import stitchable
 from families import FAMILIES, make
 from stitchable import StitchableConfig, StitchableForImageClassification, update_costs
 from stitchable.costs import Cost, count_flops, profile_anchor
@@ -53,7 +54,7 @@ DEIT_STITCHES = [
 
 @pytest.fixture(scope="module")
 def deit() -> StitchableConfig:
-    return StitchableConfig.from_anchors(DEIT)
+    return stitchable.make_config(DEIT)
 
 
 @pytest.mark.parametrize(("name", "flops"), ANCHORS.items())
@@ -75,7 +76,7 @@ def test_anchors_cost_what_fvcore_reports(name: str, flops: int) -> None:
     ],
 )
 def test_stitches_cost_what_the_authors_report(anchors: list[str], settings: dict, flops: list[int]) -> None:
-    config = StitchableConfig.from_anchors(anchors, **settings)
+    config = stitchable.make_config(anchors, **settings)
     assert [stitch["flops"] for stitch in config.stitches[len(anchors) :]] == flops
 
 
@@ -174,9 +175,7 @@ def test_images_need_not_be_square(name: str, size: list[int]) -> None:
     anchors = copy.deepcopy(FAMILIES[name].anchors)
     for anchor in anchors:
         anchor["kwargs"]["img_size"] = size
-    config = StitchableConfig.from_anchors(
-        anchors, image_size=size, num_labels=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    config = stitchable.make_config(anchors, image_size=size, num_labels=3, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     assert config.anchors[0]["cuts"][0][2] == 2 * config.anchors[0]["cuts"][0][1]
     model = StitchableForImageClassification(config).eval()
     for stitch in model.stitches:

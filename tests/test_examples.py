@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import timm
@@ -10,11 +10,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+import stitchable
 from families import randomise
 from plan import check_plan, run_modules
 from processes import run_python
 from recipe import load_recipe
-from stitchable import StitchableForImageClassification, carried, evaluate, initialize_stitches
+from stitchable import (
+    Adapter,
+    Layout,
+    StitchableForImageClassification,
+    evaluate,
+    initialize_stitches,
+    register_anchor,
+)
+from stitchable.families import registry
 
 FOLDER = Path(__file__).parents[1] / "examples" / "cifar10_resnets"
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -33,7 +42,8 @@ def load_example(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module", autouse=True)
 def cifar_resnet() -> ModuleType:
-    return load_example("cifar_resnet")
+    load_example("register_cifar_resnet")
+    return sys.modules["cifar_resnet"]
 
 
 def plain(layers: int, seed: int = 0) -> nn.Module:
@@ -60,7 +70,7 @@ def model(sources, tmp_path) -> StitchableForImageClassification:
     anchors = [
         {"architecture": f"cifar_resnet{layers}", "weights": tmp_path / f"resnet{layers}.th"} for layers in LAYERS[:2]
     ]
-    return StitchableForImageClassification.from_anchors(anchors, stages=[0, 1, 2]).eval()
+    return stitchable.from_anchors(anchors, stages=[0, 1, 2]).eval()
 
 
 def images(number: int = 2) -> torch.Tensor:
@@ -188,7 +198,7 @@ print(type(model).__module__)
 def test_the_family_travels_with_its_checkpoint(installed, module, model, tmp_path) -> None:
     x = images()
     model.save_pretrained(tmp_path / "saved")
-    assert model.config.families == ["cifar_resnet.py"]
+    assert [anchor["class"] for anchor in model.config.anchors] == ["cifar_resnet.CifarResNet"] * 2
     torch.save((x, model(x, stitch_id=3).logits), tmp_path / "saved" / "logits.pt")
     code, modules = AS_A_USER.format(installed=installed), str(tmp_path / "modules")
     assert run_python(code, "saved", "again", cwd=tmp_path, HF_MODULES_CACHE=modules).startswith(module)
@@ -209,36 +219,36 @@ class Mine(ResNet):
     [
         (
             "mine.py",
-            "from stitchable import calibrate",
-            "line 4 of mine.py is not of the form `from stitchable",
+            "from stitchable import Layout",
+            "mine.py imports stitchable, so that checkpoints of Mine",
         ),
-        ("mine.py", "import stitchable as st", "line 4 of mine.py is not of the form"),
-        ("mine.py", "from stitchable import Layout as L", "line 4 of mine.py is not of the form"),
-        ("mine.py", "import beside", "line 4 of mine.py imports beside.py, and only one file travels"),
-        ("my-net.py", "", "my-net.py cannot be imported by name"),
-        ("routes.py", "", "routes.py has the name of a file that every checkpoint has"),
-        ("__main__", "", "Mine was not defined in a file"),
+        ("__main__", "", "Mine is not defined in a file of its own"),
     ],
 )
-def test_a_file_that_cannot_travel_is_left_with_a_warning(file, line, message, tmp_path, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(carried.logger, "propagate", True)
+def test_a_file_that_cannot_travel_is_warned_of(file, line, message, tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(registry.logger, "propagate", True)
+    module = own_module(file, line, tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="'resnet18' is a ResNet, not a Mine"):
+        register_anchor(module.Mine, Adapter(Layout.NCHW, stem=("conv1",), stages=("layer1",)), example="resnet18")
+    assert message in caplog.text
+
+
+def test_a_file_named_as_one_of_every_checkpoint_is_refused(tmp_path, monkeypatch) -> None:
+    module = own_module("routes.py", "", tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=r"Mine is defined in routes\.py, a name that a file of every checkpoint has"):
+        register_anchor(module.Mine, Adapter(Layout.NCHW, stem=("conv1",), stages=("layer1",)), example="resnet18")
+
+
+def own_module(file: str, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("mine")
     monkeypatch.setitem(sys.modules, "mine", module)
-    path = tmp_path / "source" / file
-    path.parent.mkdir()
-    (path.parent / "beside.py").touch()
-    monkeypatch.syspath_prepend(path.parent)
+    path = folder / file
     code = BODY.format(line=line)
     if file.endswith(".py"):
         path.write_text(code, encoding="utf-8")
         module.__file__ = str(path)
     exec(compile(code, str(path), "exec"), module.__dict__)
-    model = SimpleNamespace(config=SimpleNamespace())
-    carried.carry_families(model, [module.Mine], tmp_path)
-    assert message in caplog.text
-    assert "loads only where the file of this class was imported before" in caplog.text
-    assert model.config.families == []
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    return module
 
 
 @pytest.mark.slow
@@ -247,7 +257,7 @@ def test_the_published_errors_are_reproduced(tmp_path) -> None:
     reproduce = load_example("reproduce_anchors")
     files = {layers: reproduce.find(DATA / "cifar10_resnets", f"resnet{layers}-*.th")[0] for layers in LAYERS}
     anchors = [{"architecture": f"cifar_resnet{layers}", "weights": file} for layers, file in files.items()]
-    model = StitchableForImageClassification.from_anchors(anchors)
+    model = stitchable.from_anchors(anchors)
     test_files = [str(file) for file in reproduce.find(DATA / "cifar10", "test-*.parquet")]
     test_set = reproduce.Dataset.from_parquet(test_files, cache_dir=str(tmp_path))
     measured = evaluate(model, reproduce.batches(test_set, model.config), range(len(LAYERS)))
@@ -257,9 +267,9 @@ def test_the_published_errors_are_reproduced(tmp_path) -> None:
 
 def test_the_recipe_is_valid_and_names_the_file() -> None:
     recipe = load_recipe(FOLDER / "recipe.yaml")
-    assert [path.rsplit("/", 1)[-1] for path in recipe.modules] == ["cifar_resnet.py"]
+    assert [path.rsplit("/", 1)[-1] for path in recipe.modules] == ["register_cifar_resnet.py"]
     accelerator = Accelerator(cpu=True)
     check_plan(recipe, accelerator)
     names = [anchor.architecture for anchor in recipe.anchors]
-    model = StitchableForImageClassification.from_anchors(names, pretrained=False, **recipe.space.model_dump())
+    model = stitchable.from_anchors(names, pretrained=False, **recipe.space.model_dump())
     assert len(model.stitches) == 4 + 54

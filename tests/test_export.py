@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessor
 
+import stitchable
 from families import images, make, randomise
-from stitchable import StitchableForImageClassification
 from stitchable.export import ALIGNMENT, WEIGHTS, export_onnx, export_program, metadata_of
 from stitchable.processing import image_processor
 
@@ -121,7 +121,7 @@ def test_attention_in_windows(tmp_path) -> None:
     """Of five dimensions, as in Hiera."""
     settings = {"img_size": (64, 64), "embed_dim": 8, "num_heads": 1}
     anchors = [{"architecture": "hiera_tiny_224", "kwargs": {**settings, "stages": (1, 1, n, 1)}} for n in (1, 2)]
-    model = StitchableForImageClassification.from_anchors(
+    model = stitchable.from_anchors(
         anchors, pretrained=False, image_size=64, num_labels=5, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     randomise(model).eval()

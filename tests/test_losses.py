@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
 import losses
+import stitchable
 from losses import StitchLoss, Teacher, load_teacher
 from stitchable import StitchableConfig
 
@@ -135,7 +136,7 @@ def config(**settings: Any) -> StitchableConfig:
     kwargs = {"img_size": 16, "patch_size": 8, "depth": 2, "num_heads": 1}
     anchors = [{"architecture": "vit_tiny_patch16_224", "kwargs": {**kwargs, "embed_dim": width}} for width in (4, 8)]
     defaults = {"id2label": NAMES, "image_mean": STUDENTS["mean"], "image_std": STUDENTS["std"]}
-    return StitchableConfig.from_anchors(anchors, **{**defaults, **settings})
+    return stitchable.make_config(anchors, **{**defaults, **settings})
 
 
 def normalise(images: torch.Tensor, settings: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import stitchable
 from families import images, make
 from stitchable import Layout, StitchableConfig, StitchableForImageClassification
 from stitchable.model.routes import AnchorShape, Cut, carried_tokens
@@ -18,7 +19,7 @@ PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "num_labels": 5}
 
 
 def config(*anchors: str, **settings) -> StitchableConfig:
-    return StitchableConfig.from_anchors(list(anchors), **PIXELS, **settings)
+    return stitchable.make_config(list(anchors), **PIXELS, **settings)
 
 
 def staged(*stages: tuple[int, int]) -> AnchorShape:
@@ -163,7 +164,7 @@ def test_weights_of_another_input_size_are_resampled_as_timm_does(tmp_path: Path
         {"architecture": name, "kwargs": {**kwargs, "embed_dim": width}, "weights": file}
         for width, file in files.items()
     ]
-    model = StitchableForImageClassification.from_anchors(anchors, image_size=48, **PIXELS).eval()
+    model = stitchable.from_anchors(anchors, image_size=48, **PIXELS).eval()
     overlay = {"file": str(files[8]), "num_classes": 5}
     twin = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, img_size=48, embed_dim=8, **kwargs

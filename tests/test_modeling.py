@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
+import stitchable
 from families import NUM_LABELS, images, make
 from stitchable import StitchableForImageClassification, StitchableModel, update_costs
 from stitchable.processing import image_processor
@@ -284,7 +285,7 @@ def test_every_block_is_compiled_and_drops_paths_at_its_own_rate() -> None:
     """Each rate is a version of the code that blocks share, of which torch makes 8 unless it is told otherwise."""
     kwargs = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "depth": 6, "drop_path_rate": 0.9}
     anchors = [{"architecture": "vit_tiny_patch16_224", "kwargs": {**kwargs, "depth": depth}} for depth in (6, 7)]
-    model = StitchableForImageClassification.from_anchors(anchors, num_labels=3, pretrained=False).train()
+    model = stitchable.from_anchors(anchors, num_labels=3, pretrained=False).train()
     x = torch.randn(16, 3, 8, 8)
 
     def draw() -> list[torch.Tensor]:
@@ -333,10 +334,9 @@ def test_other_classes_get_new_heads(model, tmp_path, warnings_of_transformers) 
 
 
 def test_a_new_model_keeps_timms_initialisation() -> None:
-    from stitchable import StitchableConfig
 
     anchors = [{"architecture": "resnet18", "kwargs": {"layers": [n, 1, 1, 1]}} for n in (1, 2)]
-    config = StitchableConfig.from_anchors(anchors, image_size=32, num_labels=2, stages=[0, 1, 2], pairs="all")
+    config = stitchable.make_config(anchors, image_size=32, num_labels=2, stages=[0, 1, 2], pairs="all")
     weight = StitchableForImageClassification(config).anchors[0].conv1.weight
     # Kaiming normal by fan out; transformers would have given 0.02.
     assert abs(weight.std() - (2 / (64 * 49)) ** 0.5) < 0.002

@@ -7,35 +7,36 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import stitchable
 from families import randomise
 from processes import run_python
 from stitchable import (
     Adapter,
     Layout,
-    StitchableConfig,
     StitchableForImageClassification,
     initialize_stitches,
     register_anchor,
     register_family,
 )
-from stitchable.carried import run_modules
 from stitchable.costs import count_flops
-from stitchable.model import architectures
+from stitchable.families import registry
+from stitchable.families.registry import run_modules
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_family" / "digit_mixer.py"
+REGISTER = EXAMPLE.with_name("register_digit_mixer.py")
 NAMES = ["digit_mixer_s", "digit_mixer_m"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def digit_mixer() -> None:
-    run_modules([str(EXAMPLE)])
+    run_modules([str(REGISTER)])
 
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
-    monkeypatch.setattr(architectures, "_OWN", dict(architectures._OWN))
-    monkeypatch.setattr(architectures, "_REGISTERED", dict(architectures._REGISTERED))
+    monkeypatch.setattr(registry, "_OWN", dict(registry._OWN))
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
 
 
 class Net(nn.Module):
@@ -91,7 +92,7 @@ def register(described: Adapter, **kwargs) -> None:
 
 
 def test_a_family_works_like_timms(tmp_path: Path) -> None:
-    model = randomise(StitchableForImageClassification.from_anchors(NAMES, pretrained=False)).eval()
+    model = randomise(stitchable.from_anchors(NAMES, pretrained=False)).eval()
     assert (model.config.num_labels, model.config.image_size, model.config.image_mean) == (10, [8, 8], [0.5] * 3)
     x = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     for index in range(2):
@@ -108,7 +109,7 @@ def test_a_family_works_like_timms(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_brings_the_file_of_its_family(tmp_path: Path) -> None:
-    model = StitchableForImageClassification.from_anchors(NAMES, pretrained=False, stitch_id=3).eval()
+    model = stitchable.from_anchors(NAMES, pretrained=False, stitch_id=3).eval()
     model.save_pretrained(tmp_path)
     x = torch.ones(1, 3, 8, 8)
     torch.save(model(x).logits, tmp_path / "expected.pt")
@@ -123,11 +124,11 @@ torch.testing.assert_close(model(torch.ones(1, 3, 8, 8)).logits, torch.load("exp
 
 
 def test_other_code_of_the_same_names_is_not_taken_for_it(tmp_path: Path) -> None:
-    StitchableForImageClassification.from_anchors(NAMES, pretrained=False).save_pretrained(tmp_path)
+    stitchable.from_anchors(NAMES, pretrained=False).save_pretrained(tmp_path)
     StitchableForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
     file = tmp_path / EXAMPLE.name
     file.write_text(file.read_text(encoding="utf-8").replace("nn.GELU", "nn.ReLU"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"other code of digit_mixer_m than the digit_mixer\.py that is registered"):
+    with pytest.raises(ValueError, match=r"other code of digit_mixer\.DigitMixer than what is registered"):
         StitchableForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
     StitchableForImageClassification.from_pretrained(tmp_path)  # what is registered here
 
@@ -151,20 +152,20 @@ def test_files_that_do_not_import_are_named(tmp_path: Path) -> None:
 def test_weights_come_from_a_file_and_a_classifier_of_other_classes_is_new(tmp_path: Path) -> None:
     files = {}
     for name in NAMES:
-        source = randomise(architectures.create_model(name, num_classes=10))
+        source = randomise(registry.create_model(name, num_classes=10))
         files[name] = tmp_path / f"{name}.safetensors"
         save_file(source.state_dict(), files[name])
     anchors = [{"architecture": name, "weights": file} for name, file in files.items()]
-    same = StitchableForImageClassification.from_anchors(anchors)
+    same = stitchable.from_anchors(anchors)
     assert torch.equal(same.anchors[1].classifier.weight, source.classifier.weight)
-    other = StitchableForImageClassification.from_anchors(anchors, num_labels=4)
+    other = stitchable.from_anchors(anchors, num_labels=4)
     assert torch.equal(other.anchors[1].stem.weight, source.stem.weight)
     assert other.anchors[1].classifier.weight.shape == (4, 32)
     anchors[0]["weights"] = files[NAMES[1]]
     with pytest.raises(ValueError, match=r"digit_mixer_s.*digit_mixer_m\.safetensors.* do not fit"):
-        StitchableForImageClassification.from_anchors(anchors)
+        stitchable.from_anchors(anchors)
     with pytest.raises(ValueError, match="has no weights there; give a file"):
-        StitchableForImageClassification.from_anchors(NAMES)
+        stitchable.from_anchors(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_weights_come_from_a_file_and_a_classifier_of_other_classes_is_new(tmp_p
 def test_what_is_no_chain_is_refused_at_registration(described: Adapter, kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         register(described, **kwargs)
-    assert not architectures.is_known("net_s")
+    assert "net_s" not in registry.own_architectures()
 
 
 class TokenNet(nn.Module):
@@ -247,7 +248,7 @@ def test_a_family_with_a_class_token_meets_a_cnn() -> None:
         register_family(TokenNet, Adapter(**parts), {"token_net": {}}, **sizes)
     register_family(TokenNet, Adapter(**parts, own_prefix=own_token_of), {"token_net": {}}, **sizes)
     settings = {"image_size": 16, "num_labels": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    config = StitchableConfig.from_anchors(["token_net", "digit_mixer_m"], direction="both", **settings)
+    config = stitchable.make_config(["token_net", "digit_mixer_m"], direction="both", **settings)
     assert config.anchors[0]["kwargs"] == {"img_size": 16}
     model = randomise(StitchableForImageClassification(config)).eval()
     x = torch.randn(2, 3, 16, 16)
@@ -271,7 +272,7 @@ def test_registration_leaves_the_state_of_random_numbers_alone() -> None:
     torch.manual_seed(5)
     register(adapter())
     assert torch.equal(torch.randn(3), expected)
-    assert StitchableConfig.from_anchors(["net_s", "net_m"]).num_labels == 3
+    assert stitchable.make_config(["net_s", "net_m"]).num_labels == 3
 
 
 def test_bad_registrations_are_refused() -> None:
@@ -290,8 +291,8 @@ def test_bad_registrations_are_refused() -> None:
             adapter(**parts)
     with pytest.raises(ValueError, match="'resnet18' is a ResNet, not a Net"):
         register_anchor(Net, adapter(), example="resnet18")
-    with pytest.raises(ValueError, match=r"has no model 'digit_mixer_l'; the nearest are digit_mixer_"):
-        StitchableConfig.from_anchors(["digit_mixer_s", "digit_mixer_l"])
+    with pytest.raises(ValueError, match=r"no model 'digit_mixer_l'; the nearest are digit_mixer_"):
+        stitchable.make_config(["digit_mixer_s", "digit_mixer_l"])
 
 
 def test_importing_the_package_builds_no_model() -> None:

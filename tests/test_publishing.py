@@ -17,9 +17,10 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from transformers import AutoImageProcessor
 
+import stitchable
 from families import SHIPPED, images, make
 from processes import run_python
-from stitchable import StitchableForImageClassification, evaluate
+from stitchable import evaluate
 from stitchable.card import (
     KEPT_BELOW,
     Card,
@@ -184,7 +185,7 @@ def test_where_the_snippet_has_no_answer_the_card_gives_none(what: str, tmp_path
         "in_chans": 1 if what == "grey images" else 3,
     }
     anchors = [{"architecture": "vit_tiny_patch16_224", "kwargs": {**kwargs, "embed_dim": width}} for width in (8, 12)]
-    model = StitchableForImageClassification.from_anchors(anchors, pretrained=False, num_labels=3)
+    model = stitchable.from_anchors(anchors, pretrained=False, num_labels=3)
     if what == "no FLOPs":
         for stitch in model.stitches:
             model.record(stitch.id, flops=None)

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from typer.testing import CliRunner
 
+import stitchable
 from families import SHIPPED, images, make
 from processes import run_python
 from stitchable import (
@@ -34,9 +35,9 @@ from stitchable import (
     register_family,
 )
 from stitchable.card import KEPT_BELOW, Card, as_code, in_markdown, make_card
-from stitchable.carried import run_modules
 from stitchable.conversion import convert
 from stitchable.export import metadata_of
+from stitchable.families.registry import run_modules
 from stitchable.model.architectures import create_model
 from stitchable.processing import image_processor
 from stitchable.publishing import file_of, processor_of, push_folder, save_repository, update_repository
@@ -268,7 +269,7 @@ def test_foreign_code_is_not_published_by_accident(case: str, folder: Path) -> N
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
     if case == "a family of no anchor":
-        change(folder / "config.json", lambda config: config.update(families=["evil.py"]))
+        change(folder / "config.json", lambda config: config["anchors"][0].update({"class": "evil.Evil"}))
     with pytest.raises(ValueError, match=f"{re.escape(name)} (would be published|names code)"):
         push_folder(folder, "someone/tiny")
 
@@ -374,75 +375,51 @@ def test_a_card_that_cannot_be_read_is_refused_before_anything_is_measured(card:
 @pytest.fixture
 def own_family(tmp_path: Path) -> Path:
     """A checkpoint that brings a family of its author's own."""
-    run_modules([str(EXAMPLE)])
+    run_modules([str(EXAMPLE.with_name("register_digit_mixer.py"))])
     names = ["digit_mixer_s", "digit_mixer_m"]
-    StitchableForImageClassification.from_anchors(names, pretrained=False).save_pretrained(tmp_path / "own")
+    stitchable.from_anchors(names, pretrained=False).save_pretrained(tmp_path / "own")
     return tmp_path / "own"
 
 
 def test_a_family_of_ones_own_is_published(own_family: Path) -> None:
     with pytest.raises(OfflineModeIsEnabled):
         push_folder(own_family, "someone/tiny")
-    text = (own_family / "families.py").read_text(encoding="utf-8")
-    (own_family / "families.py").write_text(f"{text}print(1)\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"families\.py would be published"):
+    (own_family / "other.py").write_text("print(1)\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"other\.py would be published"):
         push_folder(own_family, "someone/tiny")
-    (own_family / "families.py").write_text(text, encoding="utf-8")
-    (own_family / EXAMPLE.name).write_text(
-        EXAMPLE.read_text(encoding="utf-8"), encoding="utf-8"
-    )  # as it does not travel
+    (own_family / "other.py").unlink()
+    with (own_family / EXAMPLE.name).open("a", encoding="utf-8") as file:
+        file.write("print(1)\n")
     with pytest.raises(ValueError, match=r"digit_mixer\.py would be published"):
         push_folder(own_family, "someone/tiny")
 
 
 def test_files_that_no_family_needs_are_not_published(own_family: Path) -> None:
     (own_family / "evil.py").write_text("class Evil:\n    pass\n", encoding="utf-8")
-    for architecture in ("digit_mixer_s", "digit_mixer_xl"):  # which this process has, and has not
-
-        def name_it(config: dict, architecture: str = architecture) -> None:
-            config["families"] = ["digit_mixer.py", "evil.py"]
-            config["anchors"][0]["architecture"] = architecture
-
-        change(own_family / "config.json", name_it)
+    for own_class in ("digit_mixer.DigitMixer", "evil.Evil"):  # which this process has registered, and has not
+        anchor = {"class": own_class}
+        change(own_family / "config.json", lambda config, anchor=anchor: config["anchors"][0].update(anchor))
         with pytest.raises(ValueError, match=r"evil\.py would be published"):
             push_folder(own_family, "someone/tiny")
-    # Named in every place; still nothing that is registered here needs it.
-    change(own_family / "config.json", lambda config: config["anchors"][0].update(architecture="digit_mixer_s"))
-    path = own_family / "families.py"
-    text = path.read_text(encoding="utf-8")
-    text = text.replace("\nfrom .digit_mixer", "\nfrom .evil import Evil\nfrom .digit_mixer", 1).replace(
-        "= (", "= (Evil, "
-    )
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"evil\.py would be published"):
-        push_folder(own_family, "someone/tiny")
-    change(own_family / "config.json", lambda config: config["anchors"][0].update(architecture="digit_mixer_xl"))
-    with pytest.raises(OfflineModeIsEnabled):  # for all that is known here, it is the file of digit_mixer_xl
-        push_folder(own_family, "someone/tiny")
 
 
 @pytest.mark.parametrize(
-    "file", ["../evil.py", "/evil.py", "sub/evil.py", "sub\\evil.py", "evil", "evil.txt", ".py", 3]
+    "name", ["../evil.Evil", "/evil.Evil", "sub/evil.Evil", "sub\\evil.Evil", "evil", "a.b.Evil", ".Evil", "evil.", 3]
 )
-def test_families_are_files_of_the_checkpoint(file: Any, own_family: Path, trap: Path) -> None:
+def test_classes_are_of_files_of_the_checkpoint(name: Any, own_family: Path, trap: Path) -> None:
     (own_family / "sub").mkdir()
-    for path in (own_family.parent / "evil.py", own_family / "sub" / "evil.py", own_family / "evil.txt"):
+    for path in (own_family.parent / "evil.py", own_family / "sub" / "evil.py"):
         path.write_text(evil(trap), encoding="utf-8")
-
-    def name_it(config: dict) -> None:
-        config["families"] = [file if file != "/evil.py" else str(own_family.parent / "evil.py")]
-        config["anchors"][0]["architecture"] = "digit_mixer_xl"
-
-    change(own_family / "config.json", name_it)
+    change(own_family / "config.json", lambda config: config["anchors"][0].update({"class": name}))
     for trust in (False, True):
-        with pytest.raises(ValueError, match="families are Python files beside the config"):
+        with pytest.raises(ValueError, match=r"the class of an anchor is 'file\.Class' of a file beside the config"):
             StitchableForImageClassification.from_pretrained(own_family, trust_remote_code=trust)
 
 
-def test_families_are_run_only_where_they_are_trusted(own_family: Path, trap: Path) -> None:
-    (own_family / EXAMPLE.name).write_text(evil(trap), encoding="utf-8")
-    change(own_family / "config.json", lambda config: config["anchors"][0].update(architecture="digit_mixer_xl"))
-    with pytest.raises(ValueError, match=r"brings models of its own in digit_mixer\.py; read them and pass trust_rem"):
+def test_classes_are_run_only_where_they_are_trusted(own_family: Path, trap: Path) -> None:
+    (own_family / "evil.py").write_text(evil(trap), encoding="utf-8")
+    change(own_family / "config.json", lambda config: config["anchors"][0].update({"class": "evil.Evil"}))
+    with pytest.raises(ValueError, match=r"brings models of its own in evil\.py; read it and pass trust_remote_code"):
         StitchableForImageClassification.from_pretrained(own_family)
 
 
@@ -578,7 +555,7 @@ def test_pickles_are_not_run(folder: Path, trap: Path) -> None:
         convert(folder / "pytorch_model.bin", "deit")
     anchor = {"architecture": "resnet18", "weights": folder / "pytorch_model.bin"}
     with pytest.raises(ValueError, match=r"the weights .* cannot be read"):
-        StitchableForImageClassification.from_anchors([anchor, anchor])
+        stitchable.from_anchors([anchor, anchor])
 
 
 def test_weights_are_safetensors(folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from timm.models.resnet import ResNet
 
 from families import images, make
 from stitchable import Layout, StitchableConfig, StitchableForImageClassification
-from stitchable.model.architectures import find_adapter
+from stitchable.families.registry import find_adapter
 from stitchable.model.stitching import Side, StitchingLayer
 
 GRID = (3, 5)

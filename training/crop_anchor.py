@@ -69,7 +69,11 @@ def plan_crops(model: StitchableForImageClassification, anchor: int) -> dict[str
     """Which blocks are kept: all, all but the first or the last half, every other one."""
     chain = model.chains.get(anchor)
     held = model.parts_of_anchor(anchor) if chain else set()
-    if chain is None or len(chain.stages) > 1 or not {"stem", "head", *range(chain.depth)} <= held:
+    if (
+        chain is None
+        or len(model.config.anchors[anchor]["stages"]) > 1
+        or not {"stem", "head", *range(chain.depth)} <= held
+    ):
         raise ValueError(f"this model has no anchor {anchor} that is whole and of a single stage")
     blocks, half = list(range(chain.depth)), chain.depth // 2
     return {"none": blocks, "the first half": blocks[half:], "the last half": blocks[:half], "every other": blocks[::2]}

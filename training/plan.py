@@ -13,14 +13,15 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, get_cpu_distributed_information, parse_flag_from_env
 
+import stitchable
 from augmentation import make_image_transform, make_mixup
 from data import make_processor
 from optimization import make_optimizer, make_scheduler
 from recipe import Recipe
 from sampling import StitchSampler
-from stitchable import Stitch, StitchableConfig, StitchableForImageClassification
+from stitchable import Stitch, StitchableForImageClassification
 from stitchable.building import names_of_classes
-from stitchable.carried import run_modules
+from stitchable.families.registry import run_modules
 from stitchable.model.routes import find_stitch
 
 
@@ -99,7 +100,7 @@ def check_plan(recipe: Recipe, accelerator: Accelerator) -> None:
         ValueError: names the setting.
     """
     run_modules(recipe.modules)
-    config = StitchableConfig.from_anchors(**_settings(recipe, recipe.data.class_names or ["?"] * 10))
+    config = stitchable.make_config(**_settings(recipe, recipe.data.class_names or ["?"] * 10))
     stitches = [Stitch.from_dict(stitch) for stitch in config.stitches]
     during = recipe.evaluation.during
     for name, ids in (
@@ -199,7 +200,7 @@ def names_of_anchors(recipe: Recipe) -> list[str] | None:
 
 def make_model(recipe: Recipe, class_names: Sequence[str]) -> StitchableForImageClassification:
     """The stitchable model of a recipe, its anchors pretrained or random."""
-    return StitchableForImageClassification.from_anchors(**_settings(recipe, class_names))
+    return stitchable.from_anchors(**_settings(recipe, class_names))
 
 
 def _settings(recipe: Recipe, class_names: Sequence[str]) -> dict[str, Any]:

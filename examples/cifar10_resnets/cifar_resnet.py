@@ -1,7 +1,7 @@
-"""The CIFAR-10 ResNets of "Deep Residual Learning for Image Recognition", section 4.2, as timm models and as anchors.
+"""The CIFAR-10 ResNets of "Deep Residual Learning for Image Recognition", section 4.2, as timm models.
 
-He, Zhang, Ren, Sun, 2015 (https://arxiv.org/abs/1512.03385). Importing this file registers the models with timm and
-their parts with stitchable, which is all that a family of one's own needs.
+He, Zhang, Ren, Sun, 2015 (https://arxiv.org/abs/1512.03385). Importing this file registers the models with timm. A
+checkpoint brings it along; register_cifar_resnet.py says where the parts of these models are.
 """
 
 from typing import Any, Literal
@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
-
-from stitchable import Adapter, Layout, register_anchor
 
 WIDTHS = (16, 32, 64)
 """Channels of the three stages; the second and the third halve the grid."""
@@ -171,10 +169,3 @@ def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
 def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-56, 0.85 million parameters."""
     return _create("cifar_resnet56", pretrained, **{"depth": 9, **kwargs})
-
-
-register_anchor(
-    CifarResNet,
-    Adapter(Layout.NCHW, stem=("conv1", "bn1", "act1"), stages=("layer1", "layer2", "layer3")),
-    example="cifar_resnet20",
-)

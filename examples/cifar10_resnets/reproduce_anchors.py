@@ -12,12 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-import cifar_resnet  # noqa: F401  # registers the family
 import numpy as np
+import register_cifar_resnet  # noqa: F401  # registers the family
 import torch
 from datasets import Dataset
 
-from stitchable import Stitch, StitchableConfig, StitchableForImageClassification, evaluate, initialize_stitches
+import stitchable
+from stitchable import Stitch, StitchableConfig, evaluate, initialize_stitches
 
 LAYERS = (20, 32, 44, 56)
 PUBLISHED = {20: 91.73, 32: 92.63, 44: 93.10, 56: 93.39}
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         for layers in LAYERS
     ]
     print_spaces([anchor["architecture"] for anchor in anchors])
-    model = StitchableForImageClassification.from_anchors(anchors, stages=[0, 1, 2]).to(arguments.device)
+    model = stitchable.from_anchors(anchors, stages=[0, 1, 2]).to(arguments.device)
     test_files, train_files = (find(arguments.data, f"{split}-*.parquet") for split in ("test", "train"))
     test_set = Dataset.from_parquet([str(file) for file in test_files])
     shuffled = test_set.shuffle(arguments.seed, keep_in_memory=True)
@@ -100,7 +101,7 @@ def print_spaces(architectures: list[str]) -> None:
     for stages in ([0, 1], [0, 1, 2]):
         for pairs in ("forward", "all"):
             for nearest in (True, False):
-                config = StitchableConfig.from_anchors(architectures, stages=stages, pairs=pairs, nearest=nearest)
+                config = stitchable.make_config(architectures, stages=stages, pairs=pairs, nearest=nearest)
                 print(f"{stages!s:10} {pairs:8} {nearest!s:7} {len(config.stitches) - len(architectures):9}")
 
 

@@ -1,12 +1,10 @@
-"""A family of one's own that knows nothing of timm: small convolutional mixers for images of 8x8 pixels.
+"""A family of your own that knows nothing of timm, nor of stitchable: small convolutional mixers for 8x8 pixels.
 
-Importing this file registers the architectures `digit_mixer_s` and `digit_mixer_m`, which is all that stitching needs.
+A checkpoint brings this file along. register_digit_mixer.py says where the parts of these models are.
 """
 
 import torch
 from torch import nn
-
-from stitchable import Adapter, Layout, register_family
 
 
 class MixerBlock(nn.Module):
@@ -45,14 +43,3 @@ class DigitMixer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) to logits (N, num_classes)."""
         return self.classifier(self.pool(self.norm(self.blocks(self.stem(x)))))
-
-
-register_family(
-    DigitMixer,
-    Adapter(Layout.NCHW, stem=("stem",), stages=("blocks",), neck=("norm",), head=("pool", "classifier")),
-    {"digit_mixer_s": {"width": 12, "depth": 4}, "digit_mixer_m": {"width": 32, "depth": 6}},
-    input_size=(3, 8, 8),
-    num_classes=10,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-)

@@ -2,16 +2,23 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
+from stitchable.building import from_anchors, make_config
 from stitchable.costs import update_costs
 from stitchable.evaluation import evaluate
+from stitchable.families.adapter import Adapter
+from stitchable.families.registry import register_anchor, register_family
 from stitchable.initialization import initialize_stitches
 from stitchable.latency import calibrate
-from stitchable.model.anchors import Adapter, Layout
-from stitchable.model.architectures import register_anchor, register_family
+from stitchable.model.chain import Layout
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION as __version__
 from stitchable.model.configuration_stitchable import StitchableConfig
-from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchableModel
+from stitchable.model.modeling_stitchable import (
+    StitchableForImageClassification,
+    StitchableModel,
+    StitchablePreTrainedModel,
+)
 from stitchable.model.routes import Segment, Stitch, pareto_front
+from stitchable.publishing import push_model
 from stitchable.throughput import measure_throughput
 
 AutoConfig.register("stitchable", StitchableConfig)
@@ -21,6 +28,8 @@ AutoModelForImageClassification.register(StitchableConfig, StitchableForImageCla
 StitchableConfig.register_for_auto_class()
 StitchableModel.register_for_auto_class("AutoModel")
 StitchableForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+# What a model can do that needs the package, which does not travel.
+StitchablePreTrainedModel.push_to_hub = push_model  # type: ignore[assignment,method-assign]
 
 __all__ = [
     "Adapter",
@@ -33,7 +42,9 @@ __all__ = [
     "__version__",
     "calibrate",
     "evaluate",
+    "from_anchors",
     "initialize_stitches",
+    "make_config",
     "measure_throughput",
     "pareto_front",
     "register_anchor",

@@ -15,15 +15,20 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from stitchable.costs import cost_of_stitch, profile_architecture
+from stitchable.families.registry import (
+    create_model,
+    describe,
+    full_kwargs,
+    own_architectures,
+)
 from stitchable.imagenet import imagenet_words
-from stitchable.model.anchors import TimmModel
-from stitchable.model.architectures import create_model, find_adapter, own_architectures
 from stitchable.model.configuration_stitchable import StitchableConfig
-from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
+from stitchable.model.operations import TimmModel
 from stitchable.space import Direction, Pairs, Resize, default_pairs, default_stages, enumerate_stitches
 
 
-def build_config(
+def make_config(
     anchors: Sequence[str | Mapping[str, Any]],
     *,
     kernel_size: int = 2,
@@ -108,8 +113,10 @@ def build_config(
             {
                 "architecture": anchor.name,
                 "kwargs": anchor.kwargs,
+                **({"class": profile.own_class} if profile.own_class else {}),
                 "pretrained": anchor.source if pretrained else None,
                 **profile.shape.to_dict(),
+                "chain": profile.chain.to_dict(),
             }
             for anchor, profile in profiled
         ],
@@ -134,6 +141,27 @@ def build_config(
     )
 
 
+def from_anchors(
+    anchors: Sequence[str | Mapping[str, Any]], *, pretrained: bool = True, **settings: Any
+) -> StitchableForImageClassification:
+    """A stitchable model of timm models, with their weights.
+
+    Args:
+        anchors: timm names, or mappings with `architecture`, `kwargs` for its constructor and `weights`, a checkpoint
+            file (.safetensors, .pth, .th) to load instead of timm's weights; in any order.
+        pretrained: whether to load weights: an anchor's `weights`, or timm's (from the Hub); random ones otherwise.
+        settings: as in `make_config`. With a `num_labels` that is not the anchors' own, the classifiers are new, as
+            with `from_pretrained` of any classifier.
+
+    Raises:
+        ValueError: as `make_config`, or weights that do not fit their anchor.
+    """
+    model = StitchableForImageClassification(make_config(anchors, pretrained=pretrained, **settings))
+    if pretrained:
+        load_anchors(model, anchors, settings.get("image_size"))
+    return model
+
+
 def load_anchors(
     model: StitchablePreTrainedModel,
     anchors: Sequence[str | Mapping[str, Any]],
@@ -145,9 +173,9 @@ def load_anchors(
     model's is replaced by a new one; everything else must fit.
 
     Args:
-        model: made from the config that `build_config` made of the same anchors.
-        anchors: as given to `build_config`.
-        image_size: as given to `build_config`.
+        model: made from the config that `make_config` made of the same anchors.
+        anchors: as given to `make_config`.
+        image_size: as given to `make_config`.
 
     Raises:
         ValueError: a file that cannot be read or holds no weights of its anchor; names both.
@@ -209,9 +237,10 @@ def _read_anchor(anchor: str | Mapping[str, Any], image_size: int | Sequence[int
             "give pretrained=True, or leave weights out"
         )
     name, kwargs, cfg = _resolve(asked_for, kwargs)
+    kwargs = full_kwargs(name, kwargs)
     with torch.device("meta"):
         model = create_model(name, kwargs, num_classes=None)
-    find_adapter(model)  # a family that cannot be stitched is told so before anything else
+    describe(model)  # a family that cannot be stitched is told so before anything else
     cfg = cfg or {**model.pretrained_cfg, "num_classes": model.num_classes}
     if weights:
         cfg["num_classes"] = _classes_in_file(weights, name, cfg)

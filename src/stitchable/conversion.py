@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from timm.models import swin_transformer
 
+from stitchable.building import from_anchors
 from stitchable.costs import update_costs
-from stitchable.model.architectures import create_model
+from stitchable.families.registry import create_model
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
 from stitchable.model.routes import AnchorShape, Stitch, layer_name
 
@@ -81,9 +82,7 @@ def convert(
             # Files, so that they are read, checked and noted like any other weights of an anchor.
             entry["weights"] = f"{folder}/{Path(checkpoint).stem}-anchor-{number}.safetensors"
             save_file(_as_timm_has_it(part, entry, num_labels), entry["weights"])
-        plain = StitchableForImageClassification.from_anchors(
-            entries, num_labels=num_labels, stages=release.stages, pretrained=True
-        )
+        plain = from_anchors(entries, num_labels=num_labels, stages=release.stages, pretrained=True)
     order = [(entry["architecture"], entry["kwargs"]) for entry in plain.config.anchors]
     if order != [(entry["architecture"], entry.get("kwargs") or {}) for entry in entries]:
         raise ValueError(f"anchors must be given in the order of their FLOPs: {[name for name, _ in order]}")

@@ -20,9 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from stitchable.model.anchors import Part, TimmModel
-from stitchable.model.architectures import create_model, describe
+from stitchable.families.adapter import Description
+from stitchable.families.registry import class_reference, create_model, describe
+from stitchable.model.architectures import create_model as create_known_model
+from stitchable.model.chain import Chain, Layout, Part
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+from stitchable.model.operations import TimmModel
 from stitchable.model.routes import AnchorShape, Cut, Stitch, carried_tokens
 
 _FLOPS_OF_BILINEAR = 4
@@ -51,6 +54,8 @@ class AnchorProfile:
         blocks: of each block.
         head: what follows the last block.
         neck_flops: the share of the final norm in the head.
+        chain: the names of its parts.
+        own_class: "file.Class" of a class that is not timm's.
         context: what the blocks need besides the features, once for every segment of the anchor but a first one.
         prefix: the own prefix tokens, for features that come without.
     """
@@ -60,6 +65,8 @@ class AnchorProfile:
     blocks: tuple[Cost, ...]
     head: Cost
     neck_flops: int
+    chain: Chain
+    own_class: str | None
     context: Cost = Cost()
     prefix: Cost = Cost()
 
@@ -69,36 +76,40 @@ class AnchorProfile:
         return sum((*self.blocks, self.head), self.stem)
 
 
-def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: int = 3) -> AnchorProfile:
+def profile_anchor(
+    model: TimmModel, image_size: Sequence[int], num_channels: int = 3, described: Description | None = None
+) -> AnchorProfile:
     """Run a timm model once, part by part, on its device (meta costs no arithmetic).
 
     Args:
         model: a timm model of a supported class.
         image_size: (height, width) in pixels.
         num_channels: channels of the image.
+        described: where its parts are, if that is not what this process knows of its class.
 
     Raises:
         ValueError: the class is not supported, or the model cannot take images of this size, or its features have not
             the rank or layout that its adapter declares.
     """
-    chain, training = describe(model), model.training
+    described, training = described or describe(model), model.training
+    chain = described.chain
     model.eval()
     pixel_values = torch.empty(1, num_channels, *image_size, device=next(model.parameters()).device)
     try:
         stem_flops, flow = _counted(chain.run_stem, model, pixel_values)
-        cuts, block_flops = [Cut(*chain.measure(flow.features, image_size))], []
+        cuts, block_flops = [Cut(*described.measure(flow.features, image_size))], []
         for index in range(chain.depth):
             flops, flow = _counted(chain.run_block, model, index, flow)
             block_flops.append(flops)
-            cuts.append(Cut(*chain.measure(flow.features, image_size)))
+            cuts.append(Cut(*described.measure(flow.features, image_size)))
         neck_flops, flow = _counted(chain.run_neck, model, flow)
         head_flops, _ = _counted(chain.run_head, model, flow.features)
         middle = cuts[chain.depth // 2]
         context_flops, _ = _counted(chain.enter, model, flow.features, pixel_values, (middle.height, middle.width))
-        prefix_flops, _ = _counted(chain.own_prefix, model) if chain.prefix_tokens else (0, None)
+        prefix_flops, _ = _counted(chain.prefix_of, model) if chain.prefix else (0, None)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"{chain.model_class} cannot take images of {num_channels}x{image_size[0]}x{image_size[1]}: "
+            f"{described.model_class} cannot take images of {num_channels}x{image_size[0]}x{image_size[1]}: "
             f"{str(error) or 'an assertion of timm fails'}"
         ) from error
     finally:
@@ -108,11 +119,19 @@ def profile_anchor(model: TimmModel, image_size: Sequence[int], num_channels: in
     for name, parameter in model.named_parameters():
         params[chain.part_of(name)] += parameter.numel()
     return AnchorProfile(
-        shape=AnchorShape(chain.stages, tuple(cuts), chain.layout.value, chain.prefix_tokens, chain.prefix_names),
+        shape=AnchorShape(
+            described.stages,
+            tuple(cuts),
+            described.layout.value,
+            len(described.prefix_names),
+            described.prefix_names,
+        ),
         stem=Cost(stem_flops, params["stem"] + params["context"] + params["prefix"]),
         blocks=tuple(Cost(flops, params[index]) for index, flops in enumerate(block_flops)),
         head=Cost(neck_flops + head_flops, params["head"]),
         neck_flops=neck_flops,
+        chain=chain,
+        own_class=class_reference(type(model)),
         context=Cost(context_flops, params["context"]),
         prefix=Cost(prefix_flops, params["prefix"]),
     )
@@ -177,16 +196,22 @@ def update_costs(model: StitchablePreTrainedModel) -> None:
     Metrics and latencies, which no longer hold, are dropped.
     """
     config = model.config
-    profiles = [
-        profile_architecture(
-            entry["architecture"], entry["kwargs"], config.num_labels, config.image_size, config.num_channels
-        )
-        for entry in config.anchors
-    ]
+    profiles = [_profile_of_entry(entry, config) for entry in config.anchors]
     for stitch in model.stitches:
         cost = cost_of_stitch(stitch, profiles)
         model.record(stitch.id, flops=cost.flops, params=cost.params, latency_ms=None, memory_mb=None, metrics={})
     config.num_labels_of_costs = config.num_labels
+
+
+def _profile_of_entry(entry: Mapping[str, Any], config: Any) -> AnchorProfile:
+    """The profile of an anchor as its config describes it, whatever this process knows of its class."""
+    with torch.device("meta"):
+        model = create_known_model(
+            entry["architecture"], entry.get("kwargs"), num_classes=config.num_labels, own_class=entry.get("class")
+        )
+    shape, chain = AnchorShape.from_dict(entry), Chain.from_dict(entry["chain"], type(model))
+    described = Description(chain, Layout(shape.layout), shape.stages, shape.prefix_names, type(model).__name__)
+    return profile_anchor(model, config.image_size, config.num_channels, described)
 
 
 def count_flops(function: Callable[..., Any], *inputs: torch.Tensor) -> int:

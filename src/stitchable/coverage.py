@@ -13,8 +13,8 @@ from timm.models import build_model_with_cfg
 from torch import nn
 from transformers.utils import logging
 
-from stitchable.model.anchors import Adapter
-from stitchable.model.architectures import adapter_of_class, create_model, find_adapter, own_architectures
+from stitchable.families.adapter import Adapter
+from stitchable.families.registry import adapter_of_class, create_model, find_adapter, own_architectures
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from stitchable.batches import unpack_batch
-from stitchable.model.anchors import Flow
+from stitchable.model.chain import Flow
 from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification
 from stitchable.model.routes import find_stitch
 

@@ -19,8 +19,8 @@ from transformers.utils import logging
 
 from stitchable.batches import unpack_batch
 from stitchable.evaluation import evaluation_mode
-from stitchable.model.anchors import Grid
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
+from stitchable.model.operations import Grid
 from stitchable.model.routes import AnchorShape, check_integer
 from stitchable.model.stitching import Side, rows_of
 

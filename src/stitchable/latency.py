@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
 from stitchable.evaluation import evaluation_mode
-from stitchable.model.anchors import Flow, Part
+from stitchable.model.chain import Flow, Part
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.routes import AnchorShape, Stitch
 from stitchable.throughput import describe_device, random_pixel_values, synchronize

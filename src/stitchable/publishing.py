@@ -1,5 +1,6 @@
 """A folder that is a complete Hub repository, and how it gets to the Hub: in one commit, with nothing lost."""
 
+import inspect
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from transformers import BaseImageProcessor
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import cached_file
 
 from stitchable.card import (
@@ -28,19 +30,19 @@ from stitchable.card import (
     short_names,
     what_it_prints,
 )
-from stitchable.carried import files_of_families
 from stitchable.model import modeling_stitchable
+from stitchable.model.architectures import OWN_CLASSES
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.model.preprocessing import load_image_processor
+from stitchable.model.shards import WEIGHTS
 from stitchable.plots import plot_stitches
 from stitchable.processing import image_processor
 
 STITCH_TABLE = "stitches.json"
 _RESULTS = ".eval_results"
 # Files of an earlier push that would stay beside the new ones and be loaded in their place.
-_REPLACED = ["model.safetensors", "model-*.safetensors", "model.*.safetensors", "model.safetensors.index*.json"]
-_REPLACED += [f"{_RESULTS}/stitch-*.yaml"]
+_REPLACED = [*WEIGHTS, f"{_RESULTS}/stitch-*.yaml"]
 # Machine code and bytecode, which nobody can read before it is published.
 _COMPILED = (".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib")
 
@@ -298,26 +300,26 @@ def _check_code(folder: Path, config: StitchableConfig) -> None:
     """
     package = Path(modeling_stitchable.__file__).parent
     ours = {path.name: path.read_bytes() for path in package.glob("*.py")}
-    families = files_of_families(
-        folder, set(config.families) - set(ours), {anchor["architecture"] for anchor in config.anchors}
-    )
+    # Of files that a config names, only those that this process has registered: a config may come from a stranger.
+    named = {anchor.get("class") for anchor in config.anchors} & set(OWN_CLASSES)
+    sources = [inspect.getfile(OWN_CLASSES[reference]) for reference in named if reference]
+    sources += [other for file in list(sources) for other in get_relative_import_files(file)]
+    known = {Path(file).name: Path(file).read_bytes() for file in sources} | ours
     files = [path for path in folder.rglob("*") if path.is_file()]
-    files = [path for path in files if "__pycache__" not in path.relative_to(folder).parts]  # which is not published
-    files.sort(key=lambda path: (path.name != "families.py", path))  # what the others are judged by
+    files = sorted(path for path in files if "__pycache__" not in path.relative_to(folder).parts)  # is not published
     for path in files:
         name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
-        if suffix not in (".py", *_COMPILED) or name in families or path.read_bytes() == ours.get(name):
-            continue
-        raise ValueError(
-            f"{path} would be published, but is neither code of stitchable {STITCHABLE_VERSION} nor of a family that "
-            "config.json names, families.py imports, and this process has in the same words if it has it; remove it, "
-            "or save the model anew into another folder"
-        )
+        if suffix in (".py", *_COMPILED) and path.read_bytes() != known.get(name):
+            raise ValueError(
+                f"{path} would be published, but is neither code of stitchable {STITCHABLE_VERSION} nor the file of a "
+                "class that config.json names and this process has registered; remove it, register the class, or save "
+                "the model anew into another folder"
+            )
     for path in files:
         if path.suffix.lower() != ".json":
             continue
-        named = _code_in(_read_json(path))
-        if named != ([config.auto_map] if path == folder / "config.json" else []):
+        found = _code_in(_read_json(path))
+        if found != ([config.auto_map] if path == folder / "config.json" else []):
             raise ValueError(
                 f"{path} names code that is not of stitchable {STITCHABLE_VERSION} (auto_map, custom_pipelines), which "
                 "would be run by those who trust this repository; save the model anew into another folder"

@@ -1,16 +1,18 @@
 """`StitchableConfig`: a family of anchors and every stitch through it, in JSON types and explicit."""
 
-import importlib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .chain import check_description
 from .routes import AnchorShape, Stitch, check_name, check_stitches, find_stitch, restrict
 
 STITCHABLE_VERSION = "0.1.0"
 
+_CLASS = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")
 _AUTO_MAP = {
     "AutoConfig": "configuration_stitchable.StitchableConfig",
     "AutoModel": "modeling_stitchable.StitchableModel",
@@ -40,7 +42,6 @@ class StitchableConfig(PreTrainedConfig):
         image_std: per channel, of pixels in 0..1.
         left_out: ids of the stitches that the checkpoint has and this model leaves out, because it was loaded for one
             stitch or budget, or extracted.
-        families: files of models that are not timm's, which the checkpoint brings along.
         num_labels_of_costs: number of labels that `flops` and `params` were counted with.
         stitchable_version: the version that wrote this config.
         kwargs: as in any `PreTrainedConfig`, `num_labels`, `id2label` and `label2id` among them. An `auto_map` is
@@ -65,7 +66,6 @@ class StitchableConfig(PreTrainedConfig):
         image_mean: Sequence[float] = (0.485, 0.456, 0.406),
         image_std: Sequence[float] = (0.229, 0.224, 0.225),
         left_out: Sequence[int] = (),
-        families: Sequence[str] = (),
         num_labels_of_costs: int | None = None,
         stitchable_version: str = STITCHABLE_VERSION,
         **kwargs: Any,
@@ -80,7 +80,6 @@ class StitchableConfig(PreTrainedConfig):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.left_out = list(left_out)
-        self.families = list(families)
         self.num_labels_of_costs = num_labels_of_costs
         self.stitchable_version = stitchable_version
         # Always ours: what a config that was read says would be saved again, and run where that is trusted.
@@ -127,9 +126,12 @@ class StitchableConfig(PreTrainedConfig):
         shapes = [AnchorShape.from_dict(anchor) for anchor in self.anchors]
         for anchor in self.anchors:
             check_name(anchor["architecture"])
-        for file in self.families:
-            if not isinstance(file, str) or not (file.endswith(".py") and file[:-3].isidentifier()):
-                raise ValueError(f"families are Python files beside the config, such as 'my_net.py', got {file!r}")
+            check_description(anchor["chain"])
+            own_class = anchor.get("class")
+            if own_class is not None and not (isinstance(own_class, str) and _CLASS.fullmatch(own_class)):
+                raise ValueError(
+                    f"the class of an anchor is 'file.Class' of a file beside the config, got {own_class!r}"
+                )
         stitches = [Stitch.from_dict(stitch) for stitch in self.stitches]
         self.stitches = [stitch.to_dict() for stitch in stitches]
         if self.resize not in (None, "bilinear"):
@@ -144,16 +146,6 @@ class StitchableConfig(PreTrainedConfig):
                 f"it ({STITCHABLE_VERSION}); update with `pip install --upgrade stitchable`",
                 stacklevel=2,
             )
-
-    @classmethod
-    def from_anchors(cls, anchors: Sequence[str | Mapping[str, Any]], **settings: Any) -> "StitchableConfig":
-        """The config of a family of timm models. Needs the installed package; loading a checkpoint does not.
-
-        See `stitchable.building.build_config` for the settings, which are those of the space (`kernel_size`, `stride`,
-        `stages`, `direction`, `nearest`, `pairs`), `image_size`, `num_labels`, and any other of this class.
-        """
-        # By name, because this file travels to the Hub, where a literal import of the package would be required.
-        return importlib.import_module("stitchable.building").build_config(anchors, **settings)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

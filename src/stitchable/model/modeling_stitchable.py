@@ -5,10 +5,12 @@ Stitchable Neural Networks, Pan, Cai, Zhuang, CVPR 2023 (https://arxiv.org/abs/2
 
 import copy
 import difflib
-import importlib
+import inspect
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
@@ -16,15 +18,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
-from .anchors import Chain, Flow, Layout, Part, TimmModel
-from .architectures import create_model, describe, is_known
+from .architectures import OWN_CLASSES, create_model
+from .chain import Chain, Flow, Layout, Part
 from .configuration_stitchable import StitchableConfig
-from .families import FAMILIES
+from .operations import TimmModel
 from .placement import brought_in, check_device_map, device_of, entering, is_placed
 from .preprocessing import image_processor, load_image_processor
 from .routes import (
@@ -39,7 +43,7 @@ from .routes import (
     why_not_joined,
     within,
 )
-from .shards import find_adapter, find_shards, read_weights, split_weights
+from .shards import WEIGHTS, find_adapter, find_shards, read_weights, split_weights
 from .stitching import Side, StitchingLayer, grid_of
 
 logger = logging.get_logger(__name__)
@@ -84,7 +88,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def __init__(self, config: StitchableConfig) -> None:
         super().__init__(config)
         if not config.anchors:
-            raise ValueError("this config has no anchors; make one with StitchableConfig.from_anchors([...])")
+            raise ValueError("this config has no anchors; make one with stitchable.make_config([...])")
         self._stitches = Stitches(Stitch.from_dict(stitch) for stitch in config.stitches)
         find_stitch(self._stitches, config.stitch_id)  # again, because a config can be changed after it was checked
         self._shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
@@ -250,7 +254,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             if step.kind == "stem":
                 return chain.run_stem(anchor, pixel_values)
             layer = self.get_stitching_layer(step.layer)
-            own_prefix = entering(layer, chain.own_prefix(anchor)) if layer.needs_own_prefix else None
+            own_prefix = entering(layer, chain.prefix_of(anchor)) if layer.needs_own_prefix else None
             features = layer(entering(layer, flow.features), own_prefix)
             return chain.enter(anchor, entering(anchor, features), pixel_values, layer.target.grid)
 
@@ -392,7 +396,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if norm and (len(shape.stages) == 1 or is_last):
             if "head" not in self.parts_of_anchor(step.anchor):
                 raise ValueError(f"this model does not hold the final norm of anchor {step.anchor}; give norm=False")
-            if not all(isinstance(operation, str) for operation in self.chains[step.anchor].adapter.neck):
+            if not all(isinstance(operation, str) for operation in self.chains[step.anchor].neck):
                 raise ValueError(f"the final norm of anchor {step.anchor} leaves no grid; give norm=False")
             flow = self.run_step(Step("neck", step.anchor), flow)
         x_NHWC = grid_of(flow.features, side)
@@ -423,8 +427,13 @@ class StitchablePreTrainedModel(PreTrainedModel):
             if hasattr(anchor, "reset_classifier"):
                 anchor.reset_classifier(num_classes)
             else:
-                entry, name = self.config.anchors[index], str(chain.adapter.head[-1])
-                fresh = create_model(entry["architecture"], entry.get("kwargs"), num_classes=num_classes)
+                entry, name = self.config.anchors[index], str(chain.head[-1])
+                fresh = create_model(
+                    entry["architecture"],
+                    entry.get("kwargs"),
+                    num_classes=num_classes,
+                    own_class=entry.get("class"),
+                )
                 anchor.set_submodule(name, fresh.get_submodule(name))
                 anchor.num_classes = num_classes
             for module in set(anchor.modules()) - known:
@@ -505,7 +514,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
             split_weights(save_directory, kwargs.get("variant"))
             if not (Path(save_directory) / IMAGE_PROCESSOR_NAME).exists():
                 self._image_processor().save_pretrained(save_directory)
-            self._carry_families(save_directory)
+            for model_class in {type(self.anchors[index]) for index in self.chains}:
+                if model_class in OWN_CLASSES.values():
+                    custom_object_save(model_class, save_directory)
             if push_to_hub:
                 options |= {"token": kwargs["token"]} if "token" in kwargs else {}
                 self.push_to_hub(repo_id or Path(save_directory).name, **options)
@@ -552,18 +563,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             kwargs |= hub
         if not config.anchors:  # transformers makes an empty config where there is none
             raise ValueError(f"{source} has no config.json of a stitchable model")
-        used = {segment[0] for stitch in config.stitches for segment in stitch["route"]}
-        names = [config.anchors[index]["architecture"] for index in sorted(used)]
-        if config.families and all(map(is_known, names)):
-            if trust_remote_code and not FAMILIES:  # else this is the code that the checkpoint brings
-                importlib.import_module("stitchable.carried").check_families(source, config.families, names, **hub)
-        elif config.families:
-            if not trust_remote_code:
-                raise ValueError(
-                    f"{source} brings models of its own in {', '.join(config.families)}; read them and pass "
-                    "trust_remote_code=True, or import the file that registers them"
-                )
-            importlib.import_module("stitchable.carried").import_families(source, config.families, **hub)
+        cls._load_own_classes(config, source, trust_remote_code, hub)
         with torch.device("meta"):
             needed = cls(copy.deepcopy(config)).state_dict().keys()
         files = find_shards(source, needed, variant=kwargs.get("variant"), **hub)
@@ -634,75 +634,91 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 )
         return image_processor(self.config)
 
-    def _carry_families(self, folder: str | os.PathLike) -> None:
-        own = {model_class for model_class in map(type, self.anchors) if not _is_of_a_library(model_class)}
-        foreign = own - set(FAMILIES)  # those of FAMILIES were copied with this file already
-        if foreign:
-            importlib.import_module("stitchable.carried").carry_families(self, foreign, folder)
-        elif not own:
-            self.config.families = []  # of anchors that no stitch of this model uses
-        if foreign or not own:
-            self.config.save_pretrained(folder)
+    @classmethod
+    def _load_own_classes(cls, config: Any, source: str | os.PathLike, trust: bool, hub: Mapping[str, Any]) -> None:
+        """Make the classes that the anchors name known, from the files of the checkpoint where that is trusted."""
+        used = {segment[0] for stitch in config.stitches for segment in stitch["route"]}
+        references = {config.anchors[index].get("class") for index in used} - {None}
+        # Code that travelled with the checkpoint runs because somebody trusted it.
+        travelled = cls.__module__.startswith("transformers_modules.")
+        trusted = trust or travelled
+        for reference in sorted(references):
+            known = OWN_CLASSES.get(reference)
+            if known is None and not trusted:
+                raise ValueError(
+                    f"{source} brings models of its own in {reference.split('.')[0]}.py; read it and pass "
+                    "trust_remote_code=True, or import the file that registers them"
+                )
+            if not trusted:
+                continue
+            where = {name: value for name, value in hub.items() if name != "subfolder"}
+            if known is None:
+                OWN_CLASSES[reference] = get_class_from_dynamic_module(reference, source, **where)
+            elif not travelled and not _is_code_of(known, source, reference, hub):
+                raise ValueError(
+                    f"{source} brings other code of {reference} than what is registered here; load it in a process of "
+                    "its own, or without trust_remote_code to run what is registered"
+                )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]  # a mixin's, for mypy none
-        """Push this model with its image processor, stitch table, card and figure, as one commit. Needs the package.
+        """Push the folder that this model was loaded from, with the weights and the config it has now, as one commit.
+
+        Where stitchable is imported, the card, the stitch table and the figure are made anew too (its
+        `publishing.push_model`).
 
         Args:
             repo_id: "user/name" on the Hub; made if it does not exist.
-            options: `processor`, the image processor it was measured with; those of `stitchable.publishing.push_folder`
-                (`private`, `revision`, `token`, `commit_message`, ...); `max_shard_size` has no effect.
+            options: `private`, `revision`, `token`, `commit_message`, `commit_description` and `create_pr`, as in
+                `HfApi.upload_folder`.
 
         Returns:
             huggingface_hub's `CommitInfo`.
 
         Raises:
-            ImportError: stitchable is not installed.
             huggingface_hub.errors.HfHubHTTPError: what the Hub refuses, a missing token among it.
         """
+        private, token = options.pop("private", None), options.pop("token", None)
+        unknown = set(options) - {"revision", "commit_message", "commit_description", "create_pr", "max_shard_size"}
+        if unknown:
+            raise ValueError(f"push_to_hub has no option {min(unknown)!r} where stitchable is not imported")
         options.pop("max_shard_size", None)
-        # By name, because this file travels to the Hub (see configuration_stitchable.py).
-        return importlib.import_module("stitchable.publishing").push_model(self, repo_id, **options)
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            if self.name_or_path:
+                self._copy_source(Path(folder), token)
+            self.save_pretrained(folder)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=WEIGHTS, **options)
+
+    def _copy_source(self, folder: Path, token: Any) -> None:
+        """Copy the files of the checkpoint that this model was loaded from, all but its weights."""
+        source = str(self.name_or_path)
+        if not Path(source).is_dir():
+            revision, cache = self.hub_arguments.get("revision"), self.hub_arguments.get("cache_dir")
+            source = snapshot_download(source, revision=revision, cache_dir=cache, token=token, ignore_patterns=WEIGHTS)
+        ignored = shutil.ignore_patterns(*WEIGHTS, "__pycache__", ".cache")
+        shutil.copytree(source, folder, ignore=ignored, dirs_exist_ok=True)
 
     # ---------------------------------------------------------------- building
-
-    @classmethod
-    def from_anchors(
-        cls, anchors: Sequence[str | Mapping[str, Any]], *, pretrained: bool = True, **settings: Any
-    ) -> "StitchablePreTrainedModel":
-        """A stitchable model of timm models, with timm's weights. Needs the installed package.
-
-        Args:
-            anchors: timm names, or mappings with `architecture`, `kwargs` for its constructor and `weights`, a
-                checkpoint file (.safetensors, .pth, .th) to load instead of timm's weights; in any order.
-            pretrained: whether to load weights: an anchor's `weights`, or timm's (from the Hub); random ones otherwise.
-            settings: as in `StitchableConfig.from_anchors`. With a `num_labels` that is not the anchors' own, the
-                classifiers are new, as with `from_pretrained` of any classifier.
-
-        Raises:
-            ValueError: as `StitchableConfig.from_anchors`, or weights that do not fit their anchor.
-        """
-        config = cls.config_class.from_anchors(anchors, pretrained=pretrained, **settings)
-        model = cls(config)
-        if pretrained:
-            # By name, because this file travels to the Hub (see configuration_stitchable.py).
-            building = importlib.import_module("stitchable.building")
-            building.load_anchors(model, anchors, settings.get("image_size"))
-        return model
 
     def _build_anchor(self, index: int) -> nn.Module:
         parts = self.parts_of_anchor(index)
         if not parts:
             return nn.Identity()
         entry, shape = self.config.anchors[index], self._shapes[index]
-        model = create_model(entry["architecture"], entry.get("kwargs"), num_classes=self.config.num_labels)
-        chain = describe(model)
-        actual = (chain.stages, chain.layout.value, chain.prefix_tokens)
-        stated = (shape.stages, shape.layout, shape.prefix_tokens)
-        if actual != stated:
-            raise ValueError(
-                f"anchor {index}, {entry['architecture']}: the config says (stages, layout, prefix tokens) {stated}, "
-                f"the timm model has {actual}"
-            )
+        model = create_model(
+            entry["architecture"],
+            entry.get("kwargs"),
+            num_classes=self.config.num_labels,
+            own_class=entry.get("class"),
+        )
+        try:
+            chain = Chain.from_dict(entry["chain"], type(model))
+            chain.check_names(model)
+            if chain.depth != shape.depth:
+                raise ValueError(f"its chain has {chain.depth} blocks, its depth is {shape.depth}")
+        except ValueError as error:
+            raise ValueError(f"anchor {index}, {entry['architecture']}: {error}") from error
         chain.keep_only(model, parts)
         self.chains[index] = chain
         return model
@@ -933,8 +949,13 @@ def _counterpart(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return source
 
 
-def _is_of_a_library(model_class: type) -> bool:
-    return model_class.__module__.startswith(("timm.", "torch."))
+def _is_code_of(known: type, source: str | os.PathLike, reference: str, hub: Mapping[str, Any]) -> bool:
+    try:
+        own = Path(inspect.getfile(known)).read_text(encoding="utf-8")
+    except (OSError, TypeError):  # of a notebook, which no file can equal
+        return True
+    path = cached_file(source, f"{reference.split('.')[0]}.py", **hub)
+    return path is not None and Path(path).read_text(encoding="utf-8").split() == own.split()
 
 
 def _plan(stitch: Stitch) -> tuple[Step, ...]:

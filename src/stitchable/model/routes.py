@@ -87,7 +87,7 @@ class AnchorShape:
         Raises:
             ValueError: a key is missing, or depth, stages and cuts disagree.
         """
-        missing = [key for key in ("architecture", "depth", "stages", "cuts", "layout") if key not in anchor]
+        missing = [key for key in ("architecture", "depth", "stages", "cuts", "layout", "chain") if key not in anchor]
         if missing:
             raise ValueError(f"an anchor of the config lacks {missing}; it has {sorted(anchor)}")
         if anchor["layout"] not in ("NCHW", "NHWC", "NLC", "UNITS"):

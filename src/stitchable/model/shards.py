@@ -19,6 +19,9 @@ from transformers.utils import (
     is_peft_available,
 )
 
+WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.*.safetensors", "model.safetensors.index*.json"]
+"""Patterns of the files of weights, of any variant."""
+
 _OLD_LAYER = re.compile(r"stitching_layers\.[^.]+\.\d+\.(weight|bias)")  # when they were Linears themselves
 _SHARD = r"model-(anchor-\d+|stitching-layers)"
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .anchors import Grid, Layout
+from .chain import Layout
+from .operations import Grid
 from .routes import AnchorShape, carried_tokens
 
 

@@ -8,22 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anchors import Chain, Part, TimmModel
+from stitchable.families.adapter import Description
+from stitchable.model.chain import Chain, Part
+from stitchable.model.operations import TimmModel
 
 
-def check_chain(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> None:
+def check_chain(model: TimmModel, described: Description, pixel_values: torch.Tensor) -> None:
     """Compare a model, run once by its own `forward`, with its chain, block by block, and with the chain's parts alone.
 
     Args:
         model: the model, in evaluation mode.
-        chain: its chain.
+        described: where its parts are.
         pixel_values: images (N, C, H, W) that it can take.
 
     Raises:
         ValueError: the composition of the parts is not what the model computes (names the block where they part), a
             part uses what another one owns, or parts share parameters.
     """
-    name = chain.model_class
+    name, chain = described.model_class, described.chain
     _check_parameters(model, name)
     try:
         expected, output = _watched(model, chain, lambda: model(pixel_values))
@@ -31,7 +33,7 @@ def check_chain(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> N
         raise ValueError(f"{name} cannot take images {tuple(pixel_values.shape)}: {error}") from error
     if not isinstance(output, torch.Tensor):
         raise ValueError(f"the forward of {name} returns a {type(output).__name__}, not logits")
-    given, composed = _watched(model, chain, lambda: _compose(model, chain, pixel_values))
+    given, composed = _watched(model, chain, lambda: _compose(model, described, pixel_values))
     for index, block in enumerate(chain.blocks):
         for part in block:
             if isinstance(part, str) and part in given and not _equal(expected.get(part), given[part]):
@@ -42,7 +44,7 @@ def check_chain(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> N
         raise ValueError(
             f"{name} is no chain: its blocks are, but its neck or head gives other logits than its forward"
         )
-    _check_ownership(model, chain, pixel_values)
+    _check_ownership(model, described, pixel_values)
 
 
 def _check_parameters(model: TimmModel, name: str) -> None:
@@ -68,18 +70,18 @@ def _watched(model: TimmModel, chain: Chain, function: Callable[[], Any]) -> tup
             hook.remove()
 
 
-def _compose(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> torch.Tensor:
-    name, image_size, place = chain.model_class, pixel_values.shape[2:], "stem"
+def _compose(model: TimmModel, described: Description, pixel_values: torch.Tensor) -> torch.Tensor:
+    chain, name, image_size, place = described.chain, described.model_class, pixel_values.shape[2:], "stem"
     try:
         flow = chain.run_stem(model, pixel_values)
-        chain.measure(flow.features, image_size)
-        tokens = flow.features[:, : chain.prefix_tokens]
-        if chain.prefix_tokens and not torch.allclose(chain.own_prefix(model).expand_as(tokens), tokens, atol=1e-5):
+        described.measure(flow.features, image_size)
+        tokens = flow.features[:, : len(described.prefix_names)]
+        if chain.prefix and not torch.allclose(chain.prefix_of(model).expand_as(tokens), tokens, atol=1e-5):
             raise ValueError(f"{name}: its stem puts other tokens first than those of prefix; describe own_prefix")
         for index in range(chain.depth):
             place = f"block {index}"
             flow = chain.run_block(model, index, flow)
-            chain.measure(flow.features, image_size)
+            described.measure(flow.features, image_size)
         place = "neck or head"
         return chain.run_head(model, chain.run_neck(model, flow).features)
     except (RuntimeError, TypeError, AssertionError, AttributeError) as error:
@@ -87,8 +89,9 @@ def _compose(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> torc
 
 
 @torch.no_grad()
-def _check_ownership(model: TimmModel, chain: Chain, pixel_values: torch.Tensor) -> None:
+def _check_ownership(model: TimmModel, described: Description, pixel_values: torch.Tensor) -> None:
     """Run each part on a copy of the model that holds this part alone, as an extracted stitch does."""
+    chain = described.chain
     begun = chain.run_stem(model, pixel_values)
     ended = begun
     for index in range(chain.depth):
@@ -120,8 +123,8 @@ def _check_ownership(model: TimmModel, chain: Chain, pixel_values: torch.Tensor)
             same = False
         if not same:
             raise ValueError(
-                f"{chain.model_class}: its {place} needs parameters or modules that its adapter gives to another part; "
-                f"name them in uses={{{user!r}: (...)}}"
+                f"{described.model_class}: its {place} needs parameters or modules that its adapter gives to another "
+                f"part; name them in uses={{{user!r}: (...)}}"
             )
 
 

@@ -1,221 +1,21 @@
-"""Where the parts of timm's architectures are: a line per class, in a handful of patterns.
-
-The names are timm's. What a class does between its modules (a permutation, a class token put in front) is a small
-function here, the same operations in the same order, so that an anchor computes what timm computes, bit for bit.
-"""
+"""Where the parts of timm's architectures are: a line per class, in a handful of patterns. The names are timm's."""
 
 from collections.abc import Callable
-from functools import partial
-from operator import attrgetter
-from typing import Any
 
-import torch
-from timm.layers import resample_abs_pos_embed_nhwc
-from timm.models.efficientformer import Flat, MetaBlock1d
-from timm.models.metaformer import Attention as MetaFormerAttention
-from timm.models.metaformer import MetaFormerBlock
-from timm.models.pit import Pooling as PitPooling
-from timm.models.pvt_v2 import OverlapPatchEmbed
-from timm.models.tiny_vit import TinyVitBlock
-from timm.models.twins import PatchEmbed as TwinsPatchEmbed
 from torch import nn
 
-from .anchors import Adapter, Block, Grid, Layout, Operation, TimmModel
+from stitchable.families.adapter import Adapter, Block, Operation
+from stitchable.model import operations
+from stitchable.model.chain import Layout
+from stitchable.model.operations import TimmModel
 
 NCHW, NHWC, NLC = Layout.NCHW, Layout.NHWC, Layout.NLC
-
-# ---------------------------------------------------------------- operations
-
-
-def _to_nhwc(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
-def _to_nchw(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _to_contiguous_nchw(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    return x.permute(0, 3, 1, 2).contiguous()
-
-
-def _tokens_of_nchw(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(2).transpose(1, 2)
-
-
-def _tokens_of_nhwc(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(1, 2)
-
-
-def _prepend(name: str, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    """Put the tokens of a parameter in front of the others."""
-    tokens = attrgetter(name)(model)
-    return x if tokens is None else torch.cat((tokens.expand(x.shape[0], -1, -1), x), dim=1)
-
-
-_prepend_class_token = partial(_prepend, "cls_token")
 
 
 def _blocks_of(model: TimmModel, container: str, *before: Operation) -> tuple[Block, ...]:
     """The children of a container as blocks; what stands before them belongs to the first."""
     first, *others = [f"{container}.{name}" for name, _ in model.get_submodule(container).named_children()]
     return ((*before, first), *((name,) for name in others))
-
-
-# ---------------------------------------------------------------- how blocks are called
-
-
-def _on_tokens_of_nhwc(part: nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
-    return part(x.flatten(1, 2), *args).unflatten(1, x.shape[1:3])
-
-
-def _on_tokens_of_nchw(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return part(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def _call_on_tokens(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor, *context: Any) -> torch.Tensor:
-    return _on_tokens_of_nhwc(part, x, *context)
-
-
-def _call_with_own_rope(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor, rope: Any) -> torch.Tensor:
-    return part(x, rope[index])
-
-
-def _call_xcit(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-    return _on_tokens_of_nhwc(part, x, *x.shape[1:3])
-
-
-def _call_pvt(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-    if isinstance(part, OverlapPatchEmbed):
-        return part(_to_contiguous_nchw(model, x))
-    return _on_tokens_of_nhwc(part, x, *([] if isinstance(part, nn.LayerNorm) else [x.shape[1:3]]))
-
-
-def _call_twins(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-    if isinstance(part, TwinsPatchEmbed):
-        return _twins_embed(part, _to_contiguous_nchw(model, x))
-    return _on_tokens_of_nhwc(part, x, *([] if isinstance(part, nn.Dropout) else [x.shape[1:3]]))
-
-
-def _call_tiny_vit(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-    return part(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if isinstance(part, TinyVitBlock) else part(x)
-
-
-def _call_metaformer(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-    with_attention = isinstance(part, MetaFormerBlock) and isinstance(part.token_mixer, MetaFormerAttention)
-    return _on_tokens_of_nchw(part, x) if with_attention else part(x)
-
-
-def _call_efficientformer(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-    if isinstance(part, Flat):  # the blocks after it want tokens
-        return x
-    return _on_tokens_of_nchw(part, x) if isinstance(part, MetaBlock1d) else part(x)
-
-
-def _call_pit(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor, grid: Grid) -> Any:
-    if not isinstance(part, PitPooling):
-        return part(x)
-    tokens = x.shape[1] - grid[0] * grid[1]
-    pooled, prefix = part(x[:, tokens:].transpose(1, 2).unflatten(2, grid), x[:, :tokens])
-    return torch.cat((prefix, pooled.flatten(2).transpose(1, 2)), dim=1), pooled.shape[2:]
-
-
-def _pit_prefix(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    return x[:, : model.num_tokens]
-
-
-def _call_tnt(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor, pixels: torch.Tensor) -> Any:
-    pixels, x = part(pixels, x)
-    return x, pixels
-
-
-# ---------------------------------------------------------------- stems and contexts
-
-
-def _grid_as_context(model: TimmModel, x: torch.Tensor, pixel_values: torch.Tensor, grid: Grid | None) -> tuple[Any]:
-    return (grid,)
-
-
-def _beit_bias(model: TimmModel, x: torch.Tensor, pixel_values: torch.Tensor, grid: Grid | None) -> tuple[Any]:
-    return (None if model.rel_pos_bias is None else model.rel_pos_bias(),)
-
-
-def _relpos_bias(model: TimmModel, x: torch.Tensor, pixel_values: torch.Tensor, grid: Grid | None) -> tuple[Any]:
-    return (None if model.shared_rel_pos is None else model.shared_rel_pos.get_bias(),)
-
-
-def _rope(model: TimmModel, x: torch.Tensor, pixel_values: torch.Tensor, grid: Grid | None) -> tuple[Any]:
-    if model.rope is None:
-        return (None,)
-    # As in timm: what was computed for a fixed grid is kept by the module.
-    fixed = not getattr(model, "dynamic_img_size", True) and hasattr(model.rope, "feat_shape")
-    return (model.rope.get_embed() if fixed else model.rope.get_embed(shape=grid),)
-
-
-def _encoder_rope(model: TimmModel, x: torch.Tensor, pixel_values: torch.Tensor, grid: Grid | None) -> tuple[Any]:
-    return (model.encoder.rope.get_embed(shape=grid),)
-
-
-def _encoder_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    embedded = model.encoder.patch_embed(x)  # NHWC
-    tokens, rope = model.encoder._pos_embed(embedded)
-    return tokens.unflatten(1, embedded.shape[1:3]), rope
-
-
-def _gemma_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    tokens, positions, _ = model.encoder.patch_embed(x, None, None)
-    return tokens, *model.encoder.rotary_emb(tokens, positions)
-
-
-def _gemma_rope(model: TimmModel, x: torch.Tensor, pixel_values: torch.Tensor, grid: Grid | None) -> tuple[Any, ...]:
-    assert grid is not None  # the stem returns the context of its own
-    rows, columns = torch.meshgrid(*(torch.arange(size, device=x.device) for size in grid), indexing="ij")
-    positions = torch.stack((columns, rows), dim=-1).flatten(0, 1)
-    return tuple(model.encoder.rotary_emb(x, positions.expand(x.shape[0], -1, -1)))
-
-
-def _naflex_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    embeds = model._forward_embeds(x, patch_coord=None, patch_valid=None, attn_mask=None)
-    return embeds["patches"], embeds.get("rope_embeds")
-
-
-def _pit_tokens(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    return _prepend_class_token(model, _tokens_of_nchw(model, x)), x.shape[2:]
-
-
-def _sam_positions(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    return x if model.pos_embed is None else x + resample_abs_pos_embed_nhwc(model.pos_embed, x.shape[1:3])
-
-
-def _tnt_pixels(model: TimmModel, x: torch.Tensor, pixel_values: torch.Tensor, grid: Grid | None) -> tuple[Any]:
-    """The pixel stream as it is before the first block: its later states come of blocks that a stitch leaves out."""
-    return (model.pixel_embed(pixel_values, model.pixel_pos),)
-
-
-def _tnt_prefix(model: TimmModel) -> torch.Tensor:
-    return model.cls_token + model.patch_pos[:, :1]
-
-
-def _tnt_stem(model: TimmModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels = model.pixel_embed(x, model.pixel_pos)
-    patches = model.norm2_proj(model.proj(model.norm1_proj(pixels.reshape(x.shape[0], model.num_patches, -1))))
-    return model.pos_drop(_prepend_class_token(model, patches) + model.patch_pos), pixels
-
-
-def _twins_embed(embed: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    tokens, grid = embed(x)
-    return tokens.unflatten(1, grid)
-
-
-def _twins_stem(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    return _on_tokens_of_nhwc(model.pos_drops[0], _twins_embed(model.patch_embeds[0], x))
-
-
-def _xcit_stem(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    x, grid = model.patch_embed(x)
-    if model.pos_embed is not None:
-        x = x + model.pos_embed(x.shape[0], *grid).reshape(x.shape[0], -1, x.shape[1]).permute(0, 2, 1)
-    return model.pos_drop(x).unflatten(1, grid)
 
 
 # ---------------------------------------------------------------- adapters that depend on the model
@@ -229,7 +29,11 @@ def _convit(model: TimmModel) -> Adapter:
         NLC,
         stem=("patch_embed", *(["pos_embed"] if model.use_pos_embed else []), "pos_drop"),
         stages=(local,),
-        neck=(*([_prepend_class_token] if others else []), *(name for block in others for name in block), "norm"),
+        neck=(
+            *([operations.prepend_class_token] if others else []),
+            *(name for block in others for name in block),
+            "norm",
+        ),
         uses={"head": ("cls_token",)},
     )
 
@@ -253,8 +57,8 @@ def _eva(model: TimmModel) -> Adapter:
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token", "reg_token"),
-        call=_call_with_own_rope if getattr(model, "rope_mixed", False) and model.rope is not None else None,
-        context=_rope,
+        call=operations.call_with_own_rope if getattr(model, "rope_mixed", False) and model.rope is not None else None,
+        context=operations.rope,
         uses={"stem": ("pos_drop",), "context": ("rope",)},
     )
 
@@ -264,12 +68,12 @@ def _naflex(model: TimmModel) -> Adapter:
         raise ValueError("patch_drop_rate drops tokens together with their rotary embeddings; leave it 0")
     return Adapter(
         NLC,
-        stem=(_naflex_stem,),
+        stem=(operations.naflex_stem,),
         stages=("blocks",),
         neck=("norm",),
         prefix=("embeds.cls_token", "embeds.reg_token"),
-        call=_call_with_own_rope if model.rope_is_mixed and model.rope is not None else None,
-        context=_rope,
+        call=operations.call_with_own_rope if model.rope_is_mixed and model.rope is not None else None,
+        context=operations.rope,
         uses={"stem": ("embeds",), "context": ("rope",)},
     )
 
@@ -279,9 +83,9 @@ def _gemma(model: TimmModel) -> Adapter:
         raise ValueError("encoder_pool='soft' pools within its features; leave it ''")
     return Adapter(
         NLC,
-        stem=(_gemma_stem,),
+        stem=(operations.gemma_stem,),
         stages=("encoder.blocks",),
-        context=_gemma_rope,
+        context=operations.gemma_rope,
         uses={"stem": ("encoder.patch_embed",), "context": ("encoder.rotary_emb",)},
     )
 
@@ -327,7 +131,7 @@ def _inception_v4(model: TimmModel) -> Adapter:
 def _levit(model: TimmModel) -> Adapter:
     if model.use_conv:
         return Adapter(NCHW, stem=("stem",), stages=("stages.*",))
-    return Adapter(NLC, stem=("stem", _tokens_of_nchw), stages=("stages.*",))
+    return Adapter(NLC, stem=("stem", operations.tokens_of_nchw), stages=("stages.*",))
 
 
 def _mobilenet_v5(model: TimmModel) -> Adapter:
@@ -344,10 +148,10 @@ def _twins(model: TimmModel) -> Adapter:
 
     return Adapter(
         NHWC,
-        stem=(_twins_stem,),
+        stem=(operations.twins_stem,),
         stages=tuple(stage(i) for i in range(len(model.blocks))),
-        neck=(_tokens_of_nhwc, "norm"),
-        call=_call_twins,
+        neck=(operations.tokens_of_nhwc, "norm"),
+        call=operations.call_twins,
         uses={"stem": ("patch_embeds.0", "pos_drops.0")},
     )
 
@@ -375,9 +179,9 @@ def _volo(model: TimmModel) -> Adapter:
     stages += [_blocks_of(model, f"network.{i}") for i in range(3, len(model.network))]
     return Adapter(
         NHWC,
-        stem=("patch_embed", _to_nhwc),
+        stem=("patch_embed", operations.to_nhwc),
         stages=tuple(stages),
-        neck=(_tokens_of_nhwc, *([] if model.post_network is None else ["forward_cls"]), "norm"),
+        neck=(operations.tokens_of_nhwc, *([] if model.post_network is None else ["forward_cls"]), "norm"),
         uses={"head": ("cls_token", "post_network")},
     )
 
@@ -409,11 +213,11 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "vision_transformer.VisionTransformer": _VIT,
     "beit.Beit": Adapter(
         NLC,
-        stem=("patch_embed", _prepend_class_token, "pos_embed", "pos_drop"),
+        stem=("patch_embed", operations.prepend_class_token, "pos_embed", "pos_drop"),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
-        context=_beit_bias,
+        context=operations.beit_bias,
         uses={"context": ("rel_pos_bias",)},
     ),
     "cait.Cait": Adapter(
@@ -426,11 +230,11 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "convit.ConVit": _convit,
     "deepseek_vit.DeepseekVitClassifier": Adapter(
         NHWC,
-        stem=(_encoder_stem,),
+        stem=(operations.encoder_stem,),
         stages=("encoder.blocks",),
         neck=("encoder.norm", "encoder.aligner"),
-        call=_call_on_tokens,
-        context=_encoder_rope,
+        call=operations.call_on_tokens,
+        context=operations.encoder_rope,
         uses={"stem": ("encoder.patch_embed",), "context": ("encoder.rope",)},
     ),
     "eva.Eva": _eva,
@@ -441,45 +245,45 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "naflexvit.NaFlexVit": _naflex,
     "qwen3_vit.Qwen3VitClassifier": Adapter(
         NHWC,
-        stem=(_encoder_stem,),
+        stem=(operations.encoder_stem,),
         stages=("encoder.blocks",),
         neck=("encoder.merger",),
-        call=_call_on_tokens,
-        context=_encoder_rope,
+        call=operations.call_on_tokens,
+        context=operations.encoder_rope,
         uses={"stem": ("encoder.patch_embed", "encoder.pos_embed"), "context": ("encoder.rope",)},
     ),
     "tnt.TNT": Adapter(
         NLC,
-        stem=(_tnt_stem,),
+        stem=(operations.tnt_stem,),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
-        own_prefix=_tnt_prefix,
-        call=_call_tnt,
-        context=_tnt_pixels,
+        own_prefix=operations.tnt_prefix,
+        call=operations.call_tnt,
+        context=operations.tnt_pixels,
         uses={"stem": ("norm1_proj", "proj", "norm2_proj", "pos_drop"), "context": ("pixel_embed", "pixel_pos")},
     ),
     "vision_transformer_relpos.VisionTransformerRelPos": Adapter(
         NLC,
-        stem=("patch_embed", _prepend_class_token),
+        stem=("patch_embed", operations.prepend_class_token),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
-        context=_relpos_bias,
+        context=operations.relpos_bias,
         uses={"context": ("shared_rel_pos",)},
     ),
     "vision_transformer_sam.VisionTransformerSAM": Adapter(
         NHWC,
-        stem=("patch_embed", _sam_positions, "pos_drop", "patch_drop", "norm_pre"),
+        stem=("patch_embed", operations.sam_positions, "pos_drop", "patch_drop", "norm_pre"),
         stages=("blocks",),
-        neck=(_to_nchw, "neck"),
+        neck=(operations.to_nchw, "neck"),
     ),
     "xcit.Xcit": Adapter(
         NHWC,
-        stem=(_xcit_stem,),
+        stem=(operations.xcit_stem,),
         stages=("blocks",),
-        neck=(_tokens_of_nhwc, "forward_cls", "norm"),
-        call=_call_xcit,
+        neck=(operations.tokens_of_nhwc, "forward_cls", "norm"),
+        call=operations.call_xcit,
         uses={"stem": ("patch_embed", "pos_embed", "pos_drop"), "head": ("cls_token", "cls_attn_blocks")},
     ),
     # Stages of blocks.
@@ -492,7 +296,11 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "davit.DaVit": _STAGES_AND_NORM_PRE,
     "edgenext.EdgeNeXt": _STAGES_AND_NORM_PRE,
     "efficientformer.EfficientFormer": Adapter(
-        NCHW, stem=("stem",), stages=("stages.*",), neck=(_tokens_of_nchw, "norm"), call=_call_efficientformer
+        NCHW,
+        stem=("stem",),
+        stages=("stages.*",),
+        neck=(operations.tokens_of_nchw, "norm"),
+        call=operations.call_efficientformer,
     ),
     "efficientformer_v2.EfficientFormerV2": _STAGES_AND_NORM,
     "efficientvit_mit.EfficientVit": _STAGES,
@@ -510,30 +318,36 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "lowformer.LowFormer": _STAGES,
     "mambaout.MambaOut": _NHWC_STAGES,
     "maxxvit.MaxxVit": _STAGES_AND_NORM,
-    "metaformer.MetaFormer": Adapter(NCHW, stem=("stem",), stages=("stages.*",), call=_call_metaformer),
+    "metaformer.MetaFormer": Adapter(NCHW, stem=("stem",), stages=("stages.*",), call=operations.call_metaformer),
     "mvitv2.MultiScaleVit": Adapter(
         NLC,
-        stem=("patch_embed", _prepend_class_token, "pos_embed"),
+        stem=("patch_embed", operations.prepend_class_token, "pos_embed"),
         stages=("stages.*",),
         neck=("norm",),
         prefix=("cls_token",),
-        context=_grid_as_context,
+        context=operations.grid_as_context,
     ),
-    "nest.Nest": Adapter(NCHW, stem=("patch_embed",), stages=("levels",), neck=(_to_nhwc, "norm", _to_nchw)),
+    "nest.Nest": Adapter(
+        NCHW, stem=("patch_embed",), stages=("levels",), neck=(operations.to_nhwc, "norm", operations.to_nchw)
+    ),
     "nextvit.NextViT": _STAGES_AND_NORM,
     "nfnet.NormFreeNet": Adapter(NCHW, stem=("stem",), stages=("stages.*",), neck=("final_conv", "final_act")),
     "pit.PoolingVisionTransformer": Adapter(
         NLC,
-        stem=("patch_embed", "pos_embed", "pos_drop", _pit_tokens),
+        stem=("patch_embed", "pos_embed", "pos_drop", operations.pit_tokens),
         stages=("transformers.*",),
-        neck=(_pit_prefix, "norm"),
+        neck=(operations.pit_prefix, "norm"),
         prefix=("cls_token",),
-        own_prefix=attrgetter("cls_token"),  # its positions are those of the grid
-        call=_call_pit,
-        context=_grid_as_context,
+        own_prefix=operations.class_token,  # its positions are those of the grid
+        call=operations.call_pit,
+        context=operations.grid_as_context,
     ),
     "pvt_v2.PyramidVisionTransformerV2": Adapter(
-        NHWC, stem=("patch_embed",), stages=("stages.*",), neck=(_to_contiguous_nchw,), call=_call_pvt
+        NHWC,
+        stem=("patch_embed",),
+        stages=("stages.*",),
+        neck=(operations.to_contiguous_nchw,),
+        call=operations.call_pvt,
     ),
     "rdnet.RDNet": Adapter(NCHW, stem=("stem",), stages=("dense_stages",), neck=("norm_pre",)),
     "repvit.RepVit": _STAGES,
@@ -545,9 +359,9 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "swin_transformer.SwinTransformer": Adapter(NHWC, stem=("patch_embed",), stages=("layers.*",), neck=("norm",)),
     "swin_transformer_v2.SwinTransformerV2": Adapter(NHWC, stem=("patch_embed",), stages=("layers.*",), neck=("norm",)),
     "swin_transformer_v2_cr.SwinTransformerV2Cr": Adapter(
-        NHWC, stem=("patch_embed", _to_nhwc), stages=("stages.*",), neck=(_to_nchw,)
+        NHWC, stem=("patch_embed", operations.to_nhwc), stages=("stages.*",), neck=(operations.to_nchw,)
     ),
-    "tiny_vit.TinyVit": Adapter(NCHW, stem=("patch_embed",), stages=("stages.*",), call=_call_tiny_vit),
+    "tiny_vit.TinyVit": Adapter(NCHW, stem=("patch_embed",), stages=("stages.*",), call=operations.call_tiny_vit),
     "vovnet.VovNet": _STAGES,
     # Stages by other names.
     "densenet.DenseNet": _densenet,

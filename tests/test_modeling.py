@@ -63,7 +63,7 @@ def test_for_budget_takes_the_best_measured_and_says_once_when_there_is_none(mod
     warnings_of_transformers.clear()
     assert model.for_budget(1e12).id == 4
     assert model.for_budget(params=10**9).id == 4
-    assert "7 of the 9 stitches within this budget have no measured accuracy; for_budget takes the best of the" in (
+    assert "7 of the 9 stitches within this budget have no measured accuracy; the choice is the best of the" in (
         warnings_of_transformers.text
     )
     for stitch in model.stitches:
@@ -75,6 +75,25 @@ def test_for_budget_takes_the_best_measured_and_says_once_when_there_is_none(mod
         model.for_budget(1)
     with pytest.raises(ValueError, match="positive number"):
         model.for_budget(float("nan"))
+
+
+def test_a_choice_that_changes_nothing_and_one_that_ends(model) -> None:
+    x = images("vit")
+    for stitch in model.stitches:
+        model.record(stitch.id, metrics={"accuracy": stitch.id / 10})
+    model.set_stitch(2)
+    assert (model.find(flops=1e12).id, model.find(params=10**9).id, model.stitch.id) == (8, 8, 2)
+    with model.using(5) as stitch:
+        assert stitch == model.stitch == model.stitches[5]
+        assert torch.equal(model(x).logits, model(x, stitch_id=5).logits)
+    assert model.stitch.id == 2
+    with pytest.raises(RuntimeError, match="an error within"), model.using(stitch_id=3):
+        raise RuntimeError("an error within")
+    with pytest.raises(ValueError, match="stitch_id 99"), model.using(99):
+        pass
+    assert model.stitch.id == 2
+    with pytest.raises(TypeError, match="flopps"):
+        model.for_budget(flopps=3)
 
 
 def test_figures_are_recorded_in_the_table(model) -> None:

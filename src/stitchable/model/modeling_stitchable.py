@@ -11,8 +11,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -134,7 +134,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         self.config.stitch_id = stitch.id
         return stitch
 
-    def for_budget(
+    def find(
         self,
         flops: float | None = None,
         *,
@@ -143,7 +143,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         memory_mb: float | None = None,
         metric: str = "accuracy",
     ) -> Stitch:
-        """Choose the best measured stitch within every bound given, make it the default and return it.
+        """The best measured stitch within every bound given; changes nothing.
 
         Stitches within the bounds that were not measured are passed over, with a warning that counts them.
 
@@ -157,21 +157,39 @@ class StitchablePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: no bound, a bound that is no positive number, or no stitch within them (names the cheapest).
         """
-        stitch = best_within(
-            self.stitches, flops=flops, params=params, latency_ms=latency_ms, memory_mb=memory_mb, metric=metric
-        )
-        affordable = within(self.stitches, flops=flops, params=params, latency_ms=latency_ms, memory_mb=memory_mb)
+        bounds = {"flops": flops, "params": params, "latency_ms": latency_ms, "memory_mb": memory_mb}
+        stitch = best_within(self.stitches, **bounds, metric=metric)
+        affordable = within(self.stitches, **bounds)
         unmeasured = sum(not is_measured(stitch, metric) for stitch in affordable)
         if unmeasured:
             chosen = "the best of the others" if is_measured(stitch, metric) else "the largest FLOPs"
             warning = (
                 f"{unmeasured} of the {len(affordable)} stitches within this budget have no measured {metric}; "
-                f"for_budget takes {chosen}. stitchable.evaluate(model, batches) measures them"
+                f"the choice is {chosen}. stitchable.evaluate(model, batches) measures them"
             )
             if warning not in self._warnings:  # once for this model: budgets change while it runs
                 self._warnings.add(warning)
                 logger.warning(warning)
-        return self.set_stitch(stitch.id)
+        return stitch
+
+    def for_budget(self, flops: float | None = None, **bounds: Any) -> Stitch:
+        """Make what `find` returns for these bounds the default of later calls, and return it."""
+        return self.set_stitch(self.find(flops, **bounds).id)
+
+    @contextmanager
+    def using(self, stitch_id: int) -> Iterator[Stitch]:
+        """A choice that ends: within the block a stitch is the default, as by `set_stitch`; then the old one is again.
+
+        Threads that share the model share its default; a call's own `stitch_id` touches no state.
+
+        Raises:
+            ValueError: not an integer, or not an id of this model.
+        """
+        before = self.config.stitch_id
+        try:
+            yield self.set_stitch(stitch_id)
+        finally:
+            self.config.stitch_id = before
 
     def record(self, stitch_id: int, **figures: Any) -> Stitch:
         """Write figures into the stitch table (`flops`, `params`, `latency_ms`, `memory_mb`, `metrics`); the new entry.

@@ -2,9 +2,9 @@
 
     python benchmarks/sampling.py [--steps 71] [--rounds 3]
 
-"same" runs one stitch on both processes, "similar" two of like cost, "independent" any two: there each step waits for
-the dearer one. The family is DeiT's in small (12 blocks, widths 48, 96, 192; 71 stitches), the images are random: what
-is timed is the step, not what it learns. The three ways take turns, round by round.
+"same" runs one stitch on both processes, "independent" any two: there each step waits for the dearer one. The family is
+DeiT's in small (12 blocks, widths 48, 96, 192; 71 stitches), the images are random: what is timed is the step, not what
+it learns. The two ways take turns, round by round.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import torch
 import stitchable
 
 ROOT = Path(__file__).parents[1]
-WAYS = ("same", "similar", "independent")
+WAYS = ("same", "independent")
 
 
 def main() -> None:
-    """Time the three ways on two processes, print and store the figures."""
+    """Time both ways on two processes, print and store the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=71, help="per way and round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -72,10 +72,9 @@ def launch(steps: int, rounds: int, result: Path) -> dict[str, list[float]]:
 
 def work(steps: int, rounds: int, result: Path) -> None:
     """What each process does."""
-    sys.path.insert(0, str(ROOT / "training"))
-    from loop import Stitches
-    from plan import make_accelerator
-    from sampling import StitchSampler
+    from stitchable.training.fit import Stitches
+    from stitchable.training.plan import make_accelerator
+    from stitchable.training.sampling import StitchSampler
 
     torch.manual_seed(0)
     accelerator = make_accelerator()

@@ -105,6 +105,26 @@ def build(
 
 
 @command
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe of ours, such as digits.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values to change in the recipe.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of this recipe.")] = False,
+) -> None:
+    """Make a stitchable model by a recipe: anchors in, every stitch trained and measured out."""
+    try:
+        from stitchable.training import train as training
+        from stitchable.training.agreement import RunStopped
+    except ModuleNotFoundError as error:
+        raise ImportError(f"training needs {error.name}: pip install 'stitchable[training]'") from error
+    try:
+        training.train(recipe, overrides or (), resume=resume)
+    except RunStopped as error:
+        raise ValueError(str(error)) from error
+
+
+@command
 def families(
     modules: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Modules of timm, such as convnext; all if none.")

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from agreement import RunStopped, all_or_none
-from checkpoints import Checkpoints
 from families import make
-from loop import Loop, Phase, PhaseState
-from plan import make_accelerator
-from recipe import Schedule, load_recipe
-from train import run
+from stitchable.training.agreement import RunStopped, all_or_none
+from stitchable.training.books import Books
+from stitchable.training.checkpoints import Checkpoints
+from stitchable.training.fit import Phase
+from stitchable.training.plan import make_accelerator
+from stitchable.training.recipe import Schedule, load_recipe
+from stitchable.training.train import run
 
 RECIPE = Path(__file__).parents[1] / "training" / "recipes" / "digits.yaml"
 SHORT = ["pretraining=null", "data.test_fraction=0.8", "training.epochs=1", "training.warmup_epochs=0", "trackers=[]"]
@@ -41,18 +42,18 @@ def main(folder: Path) -> None:
     model = make("vit")
     phase = Phase(0, "stitches", Schedule(epochs=1, batch_size=2, learning_rate=1.0), None, None)
     # Each writes where the other cannot see it; the main one alone then has a checkpoint, which is not written again.
-    loop = Loop(accelerator, model, Checkpoints(Path("checkpoints"), keep=2), PhaseState(), None, Path())
+    books = Books(accelerator, Checkpoints(Path("checkpoints"), keep=2), None, Path())
     for _ in range(2):
-        loop.save(phase, 0)
+        books.save(phase, model, 0)
     print_all(f"checkpoints {[path.name for path in Path('checkpoints').glob('*')]}")
 
     # The second process cannot write where it is told to; then its weights alone are not finite.
-    loop.checkpoints = Checkpoints(Path("/dev/null/checkpoints" if rank else "elsewhere"), keep=2)
+    books.checkpoints = Checkpoints(Path("/dev/null/checkpoints" if rank else "elsewhere"), keep=2)
     for number in (0.0, float("nan")):
         with torch.no_grad():
             next(model.parameters()).fill_(number if rank else 0.0)
         try:
-            loop.save(phase, 1)
+            books.save(phase, model, 1)
         except RunStopped as error:
             print_all(f"RunStopped: {error}")
     assert not list(Path().glob("elsewhere/*"))

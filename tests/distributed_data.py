@@ -9,11 +9,11 @@ import datasets
 import torch
 from accelerate import Accelerator
 
-from data import make_test_loader, make_training_loader
 from families import make
-from recipe import Augmentation, Data, Schedule
-from sources import load_data
 from stitchable.processing import image_processor
+from stitchable.training.data import make_test_loader, make_training_loader
+from stitchable.training.recipe import Augmentation, Data, Schedule
+from stitchable.training.sources import load_data
 
 
 def main(folder: Path) -> None:

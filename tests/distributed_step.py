@@ -3,8 +3,8 @@
 import torch
 
 from families import images, make
-from loop import Stitches
-from plan import make_accelerator, start_processes
+from stitchable.training.fit import Stitches
+from stitchable.training.plan import make_accelerator, start_processes
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from augmentation import derive_seed, random_affine, random_crop, seeded
+from stitchable.training.augmentation import derive_seed, random_affine, random_crop, seeded
 
 
 def test_keys_decide_and_the_global_generators_are_put_back() -> None:

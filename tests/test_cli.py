@@ -252,3 +252,20 @@ print({module.split(".")[0] for module in sys.modules} & {"torch", "transformers
 
 def test_help_names_the_releases_that_convert_knows() -> None:
     assert ", ".join(RELEASES) in " ".join(run("convert", "--help").stdout.replace("│", " ").split())
+
+
+def test_train_makes_a_model_by_the_name_of_a_recipe(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = ["pretraining=null", "training.epochs=1", "training.warmup_epochs=0", "data.test_fraction=0.8"]
+    overrides += ["space.stride=5", "evaluation.throughput=false", "trackers=[]"]
+    result = run("train", "digits", *overrides)
+    assert "the snippet of runs/digits/README.md prints" in result.stdout
+    assert len(StitchableConfig.from_pretrained("runs/digits").stitches) > 3
+    assert "runs/digits already holds something" in run("train", "digits", *overrides, "--resume", fails=True).stderr
+
+
+def test_train_says_what_is_wrong_with_a_recipe(tmp_path) -> None:
+    assert "there is no recipe digit: did you mean digits?" in run("train", "digit", fails=True).stderr
+    assert "seeds: unknown key, did you mean seed?" in run("train", "digits", "seeds=3", fails=True).stderr
+    path = tmp_path / "none.yaml"
+    assert f"there is no recipe {path}: No such file" in run("train", path, fails=True).stderr

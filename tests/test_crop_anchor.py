@@ -9,8 +9,8 @@ import torch
 import crop_anchor
 from crop_anchor import measure, plan_crops
 from families import images, make
-from plan import make_model
-from recipe import load_recipe
+from stitchable.training.plan import make_model
+from stitchable.training.recipe import load_recipe
 
 DIGITS = Path(__file__).parents[1] / "training" / "recipes" / "digits.yaml"
 

@@ -21,13 +21,13 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import streams
-from augmentation import make_image_transform, seeded
-from data import TrainingLoader, make_test_loader, make_training_loader, sample_images
 from families import make
-from recipe import Augmentation, Data, Schedule
-from sources import decode, load_data
 from stitchable.processing import image_processor
+from stitchable.training import streams
+from stitchable.training.augmentation import make_image_transform, seeded
+from stitchable.training.data import TrainingLoader, make_test_loader, make_training_loader, sample_images
+from stitchable.training.recipe import Augmentation, Data, Schedule
+from stitchable.training.sources import decode, load_data
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
@@ -507,7 +507,7 @@ def test_two_processes_share_the_epoch_of_one(tmp_path, config, processor) -> No
     (tmp_path / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["tests/distributed_data.py", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'training'}{os.pathsep}{ROOT / 'src'}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 def launch(script: str, *launcher: str, arguments: tuple[object, ...] = ()) -> str:
     """What a script of this folder prints on two processes."""
     command = [sys.executable, *launcher, str(TESTS / script), *map(str, arguments)]
-    path = os.pathsep.join(str(folder) for folder in (TESTS, *(TESTS.parent / name for name in ("training", "src"))))
+    path = os.pathsep.join(str(folder) for folder in (TESTS, TESTS.parent / "src"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, result.stderr

@@ -12,9 +12,7 @@ from torch import nn
 
 import stitchable
 from families import randomise
-from plan import check_plan, run_modules
 from processes import run_python
-from recipe import load_recipe
 from stitchable import (
     Adapter,
     Layout,
@@ -24,6 +22,9 @@ from stitchable import (
     register_anchor,
 )
 from stitchable.families import registry
+from stitchable.families.registry import run_modules
+from stitchable.training.plan import check_plan
+from stitchable.training.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[1] / "examples" / "cifar10_resnets"
 DATA = Path(__file__).parents[2] / "shared" / "data"

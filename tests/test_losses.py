@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
-import losses
 import stitchable
-from losses import StitchLoss, Teacher, load_teacher
 from stitchable import StitchableConfig
+from stitchable.training import losses
+from stitchable.training.losses import StitchLoss, Teacher, load_teacher
 
 NAMES = {0: "cat", 1: "dog", 2: "eel"}
 X = torch.zeros(2, 3, 8, 8)

@@ -11,8 +11,8 @@ from torch import nn
 import own_statistics
 from families import images, make
 from own_statistics import collect_statistics
-from plan import make_model
-from recipe import load_recipe
+from stitchable.training.plan import make_model
+from stitchable.training.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 ON_DIGITS = ["data.dataset=digits", "data.image_column=image", "data.test_fraction=0.1"]

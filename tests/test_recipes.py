@@ -2,8 +2,9 @@
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +13,18 @@ from torch import nn
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
 import stitchable.building
-from augmentation import make_mixup
-from checkpoints import Checkpoints
 from families import randomise
-from loop import Loop, Phase, PhaseState, Stitches, Training, freeze
-from losses import StitchLoss, load_teacher
-from optimization import make_optimizer, make_scheduler, parameter_groups
-from plan import check_plan, make_model
-from recipe import Data, Recipe, load_recipe
-from sampling import StitchSampler
 from stitchable import StitchableForImageClassification
 from stitchable.model.routes import find_stitch
+from stitchable.training.agreement import RunStopped
+from stitchable.training.augmentation import make_mixup
+from stitchable.training.books import Books
+from stitchable.training.checkpoints import Checkpoints
+from stitchable.training.fit import Phase, fit
+from stitchable.training.losses import StitchLoss, load_teacher
+from stitchable.training.plan import check_plan, make_model
+from stitchable.training.recipe import Data, Recipe, Schedule, load_recipe, recipes
+from stitchable.training.sampling import StitchSampler
 
 FOLDER = Path(__file__).parents[1] / "training" / "recipes"
 DIGITS = FOLDER / "digits.yaml"
@@ -224,42 +226,62 @@ def parameters_of(model: StitchableForImageClassification, stitch_ids: set[int])
     return names
 
 
+class RandomImages:
+    """In place of a `TrainingLoader`: epochs of two batches, mixed as the recipe has it."""
+
+    batches_per_epoch, num_corrupt = 2, 0
+
+    def __init__(self, schedule: Schedule, image_size: Sequence[int]) -> None:
+        self.size, self.image_size = schedule.batch_size, image_size
+        self.mix = make_mixup(schedule, len(LABELS), schedule.batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            x = torch.randn(self.size, 3, *self.image_size)
+            labels = torch.randint(len(LABELS), (self.size,))
+            x, labels = self.mix(x, labels) if self.mix else (x, labels)
+            yield {"pixel_values": x, "labels": labels}
+
+
 class Stepper:
-    """Two steps of the loop on random images, at the first two steps after the recipe's warm-up."""
+    """The epoch of two steps after the recipe's warm-up, on random images, and what it left."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         schedule, sampling, distillation = recipe.training, recipe.sampling, recipe.distillation
         self.model = randomise(make_model(recipe, LABELS))
-        freeze(self.model, schedule.trainable)
         self.sampler = StitchSampler(self.model.stitches, sampling.stitches, method=sampling.method, seed=recipe.seed)
         settings = distillation.model_dump(exclude={"teacher"}) if distillation else {}
         name = distillation.teacher if distillation else None
         guide = load_teacher(name, self.model.config) if name else None
-        loss = StitchLoss(schedule.label_smoothing, teacher=guide, **settings)
-        phase = Phase(0, "stitches", schedule, self.sampler, loss)
-        accelerator = Accelerator(cpu=True)
-        loop = Loop(accelerator, self.model, Checkpoints(folder, 1), PhaseState(), None, folder)
-        optimizer = make_optimizer(parameter_groups(self.model, schedule), schedule)
-        scheduler = make_scheduler(optimizer, schedule, steps_per_epoch=2)
-        wrapped, self.optimizer = accelerator.prepare(Stitches(self.model), optimizer)
-        self.training = Training(loop, phase, wrapped, self.optimizer, scheduler, None, 2)
-        self.mix = make_mixup(schedule, len(LABELS), schedule.batch_size)
+        self.losses: list[float] = []
+        self.loss = StitchLoss(schedule.label_smoothing, teacher=guide, **settings)
+        self.phase = Phase(0, "stitches", schedule, self.sampler, self.lose)  # type: ignore[arg-type]
+        self.folder = folder
 
-    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Random images and labels, mixed as the recipe has it."""
-        size = self.training.phase.schedule.batch_size
-        while True:
-            x = torch.randn(size, 3, *self.model.config.image_size)
-            labels = torch.randint(len(LABELS), (size,))
-            x, labels = self.mix(x, labels) if self.mix else (x, labels)
-            yield {"pixel_values": x, "labels": labels}
+    def lose(self, *arguments: Any) -> torch.Tensor:
+        """The loss of the recipe, noted."""
+        loss = self.loss(*arguments)
+        self.losses.append(loss.item())
+        return loss
 
     def run(self) -> tuple[set[int], list[float]]:
         """The stitches that were drawn, and the losses."""
-        first, batches = int(self.training.phase.schedule.warmup_epochs * 2), self.batches()
-        self.training.train_mode()
-        losses = [float(self.training.step(step, batches, 1)) for step in (first, first + 1)]
-        return {*self.sampler.draw(first), *self.sampler.draw(first + 1)}, losses
+        accelerator = Accelerator(cpu=True)
+        books = Books(accelerator, Checkpoints(self.folder, 1), None, self.folder)
+        images = RandomImages(self.phase.schedule, self.model.config.image_size)
+        first = 2 * int(self.phase.schedule.warmup_epochs)
+
+        def look(epoch: int) -> dict[str, float]:
+            self.optimizer = books.parts.optimizer
+            raise RunStopped("enough")
+
+        self.phase.after_epoch = look
+        with pytest.raises(RunStopped, match="enough"):
+            fit(accelerator, self.model, images, self.phase, books, first_step=first)  # type: ignore[arg-type]
+        return {*self.sampler.draw(first), *self.sampler.draw(first + 1)}, self.losses
 
 
 @pytest.mark.slow
@@ -328,7 +350,7 @@ def test_a_recipe_steps_and_moves_what_it_drew(name: str, teacher: str, tmp_path
         (["training.epochs=true"], "training.epochs: Input should be a valid integer"),
         (["training.learning_rate=0"], "training.learning_rate: Input should be greater than 0"),
         (["training.augmentation.horizontal_flip=2"], "training.augmentation.horizontal_flip: Input should be less"),
-        (["training.clip=hard"], "training.clip: Input should be 'norm', 'value' or 'agc', got 'hard'"),
+        (["training.clip=hard"], "training.clip: Input should be 'norm' or 'agc', got 'hard'"),
         (
             ["training.augmentation.crop_scale=[1,0.1]"],
             "training.augmentation: crop_scale must be two parts of the area",
@@ -478,3 +500,18 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\xff\n")
     with pytest.raises(ValueError, match=r"latin\.yaml"):
         load_recipe(tmp_path / "latin.yaml")
+
+
+def test_a_recipe_of_ours_is_found_by_its_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("digits", ["seed=3"]) == load_recipe(DIGITS, ["seed=3"])
+    assert set(recipes()) == {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml")}
+    assert load_recipe("ablations/sandwich").sampling.method == "sandwich"
+    with pytest.raises(ValueError, match=r"there is no recipe digit: did you mean digits\?"):
+        load_recipe("digit")
+    with pytest.raises(ValueError, match=r"there is no recipe x: there are ablations/layer_drop, .*, digits, "):
+        load_recipe("x")
+    # A file of that name is what was meant by whoever has one.
+    Path("digits").write_text("name: mine\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="digits is not a recipe"):
+        load_recipe("digits")

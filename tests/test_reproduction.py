@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from recipe import load_recipe
 from reproduce import STUDIES
 from reproduction_report import PAGE, RESULTS, fill, rank_correlations, read_runs
+from stitchable.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = [(study, variant) for study in STUDIES for variant in STUDIES[study].variants]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sampling import StitchSampler
 from stitchable import Segment, Stitch
+from stitchable.training.sampling import StitchSampler
 
 DEPTH = 4
 
@@ -53,27 +53,26 @@ def test_only_the_stitches_given_are_drawn() -> None:
     assert set(draws(5, stitch_ids=[2])) == {(2,)}
 
 
-@pytest.mark.parametrize("num_bins", [2, 4, 8])
-def test_flops_bins_are_drawn_equally_often(num_bins: int) -> None:
-    width = 80 / num_bins
-    bins = {stitch.id: min(int((stitch.flops - 10) / width), num_bins - 1) for stitch in family()}  # type: ignore[operator]
-    occupied = len(set(bins.values()))
-    drawn = draws(300 * occupied, method="flops_bins", num_bins=num_bins)
-    counts = Counter(bins[stitch_id] for (stitch_id,) in drawn)
-    assert set(counts.values()) == {300}  # exactly: every cycle goes through all bins
-    for start in range(0, len(drawn), occupied):
-        assert len({bins[stitch_id] for (stitch_id,) in drawn[start : start + occupied]}) == occupied
-    assert {stitch_id for (stitch_id,) in drawn} == set(range(9))  # uniform inside
-    orders = {tuple(bins[i] for (i,) in drawn[start : start + occupied]) for start in range(0, len(drawn), occupied)}
-    assert len(orders) > 1  # each cycle in an order of its own
+def test_groups_begin_where_the_gap_to_their_first_is_too_wide() -> None:
+    """As in SN-Netv2, although no two neighbours are farther apart than the gap."""
+    groups = [{0, 5, 4, 3}, {1, 8}, {7, 6}, {2}]
+    flops = {stitch.id: stitch.flops for stitch in family()}
+    assert [sorted(flops[i] for i in group) for group in groups] == [[10, 15, 20, 25], [30, 45], [60, 75], [90]]
+    counts = Counter(stitch_id for (stitch_id,) in draws(8000, method="flops_groups", flops_gap=15))
+    for group in groups:
+        drawn = [counts[stitch_id] for stitch_id in group]
+        assert abs(sum(drawn) - 2000) < 6 * (8000 / 4 * 3 / 4) ** 0.5
+        expected = 2000 / len(group)
+        assert all(abs(count - expected) < 6 * expected**0.5 for count in drawn)  # uniform inside
 
 
-def test_flops_bins_inside_a_bin_are_uniform() -> None:
-    """One bin is the uniform method; stitches of equal cost are one bin."""
-    counts = Counter(draws(9000, method="flops_bins", num_bins=1))
+def test_one_group_is_uniform_and_every_cost_may_be_a_group() -> None:
+    counts = Counter(draws(9000, method="flops_groups", flops_gap=80))
+    assert len(counts) == 9
     assert all(800 < count < 1200 for count in counts.values())
-    sampler = StitchSampler(family((5, 5, 5)), method="flops_bins", num_bins=4)
-    assert len({sampler.draw(step) for step in range(300)}) == 9
+    sampler = StitchSampler(family((5, 5, 90)), [0, 1, 2], method="flops_groups", flops_gap=0)
+    counts = Counter(sampler.draw(step) for step in range(4000))
+    assert [round(counts[(i,)] / 1000) for i in range(3)] == [1, 1, 2]
 
 
 def test_a_sandwich_is_a_stitch_with_its_anchors_the_largest_first() -> None:
@@ -89,7 +88,7 @@ def test_a_sandwich_of_three_anchors() -> None:
 
 
 def test_processes_draw_the_same_unless_told_otherwise() -> None:
-    for method in ("uniform", "flops_bins", "sandwich"):
+    for method in ("uniform", "flops_groups", "sandwich"):
         sampler = StitchSampler(family(), method=method, num_processes=3)  # type: ignore[arg-type]
         assert all(len(set(sampler.draw_all(step))) == 1 for step in range(50))
         assert sampler.draw_all(7) == [sampler.draw(7, process) for process in range(3)]
@@ -102,22 +101,8 @@ def test_independent_processes_draw_for_themselves() -> None:
     assert all(40 < count < 170 for count in pairs.values())
 
 
-def test_similar_processes_draw_different_stitches_of_like_cost() -> None:
-    stitches = {stitch.id: stitch.flops for stitch in family()}
-    in_order = sorted(stitches, key=lambda number: stitches[number])  # type: ignore[arg-type,return-value]
-    sampler = StitchSampler(family(), across_processes="similar", num_processes=3)
-    first = Counter()
-    for step in range(900):
-        places = sorted(in_order.index(stitch_id) for (stitch_id,) in sampler.draw_all(step))
-        assert places == list(range(places[0], places[0] + 3))  # three neighbours in FLOPs, each once
-        first[sampler.draw(step, 0)] += 1
-    assert len(first) == 9
-    lone = StitchSampler(family(), [4], across_processes="similar", num_processes=3)
-    assert lone.draw_all(0) == [(4,), (4,), (4,)]
-
-
-@pytest.mark.parametrize("method", ["uniform", "flops_bins", "sandwich"])
-@pytest.mark.parametrize("across", ["same", "similar", "independent"])
+@pytest.mark.parametrize("method", ["uniform", "flops_groups", "sandwich"])
+@pytest.mark.parametrize("across", ["same", "independent"])
 def test_a_draw_depends_on_seed_step_and_process_alone(method: Any, across: Any) -> None:
     settings = {"method": method, "across_processes": across, "num_processes": 2}
     sampler = StitchSampler(family(), **settings)
@@ -132,7 +117,7 @@ def test_a_draw_depends_on_seed_step_and_process_alone(method: Any, across: Any)
 
 def test_a_draw_touches_no_other_generator() -> None:
     states = random.getstate(), torch.get_rng_state()
-    draws(20, method="flops_bins", across_processes="similar", num_processes=3)
+    draws(20, method="flops_groups", across_processes="independent", num_processes=3)
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
 

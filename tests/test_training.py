@@ -26,17 +26,23 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from transformers import pipeline
 
-from agreement import RunStopped
-from checkpoints import Checkpoints, check_same_processes, check_same_recipe, read_progress, write_recipe
-from data import make_test_loader
-from plan import make_accelerator
-from recipe import load_recipe
-from sources import load_data
 from stitchable import StitchableForImageClassification, evaluate
 from stitchable.imagenet import in_words
 from stitchable.processing import image_processor
 from stitchable.publishing import push_folder
-from train import run
+from stitchable.training.agreement import RunStopped
+from stitchable.training.checkpoints import (
+    Checkpoints,
+    check_same_processes,
+    check_same_recipe,
+    read_progress,
+    write_recipe,
+)
+from stitchable.training.data import make_test_loader
+from stitchable.training.plan import make_accelerator
+from stitchable.training.recipe import load_recipe
+from stitchable.training.sources import load_data
+from stitchable.training.train import run
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "training" / "recipes" / "digits.yaml"
@@ -51,6 +57,7 @@ EVERYTHING += ["pretraining={epochs: 1, batch_size: 64, learning_rate: 1e-3}"]
 
 ONE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
 ONE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+TWO_ON_A_CPU = [*ONE[:4], "2", *ONE[5:]]  # which the launcher does not start, but the trainer
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -277,11 +284,11 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch) -> None:
     ("name", "overrides"),
     [
         ("sandwich", ["sampling.method=sandwich", "distillation={kind: in_place}"]),
-        ("bins", ["sampling.method=flops_bins", "evaluation.every=1", "evaluation.during=all"]),
+        ("groups", ["sampling={method: flops_groups, flops_gap: 5e4}", "evaluation.every=1", "evaluation.during=all"]),
         pytest.param(
             "agc", ["training.clip=agc", "training.clip_at=0.01", "training.optimizer=sgd"], marks=pytest.mark.slow
         ),
-        ("value", ["training.clip=value", "training.label_smoothing=0.1", "initialization.method=kaiming"]),
+        ("smoothed labels", ["training.label_smoothing=0.1", "initialization.method=kaiming"]),
     ],
 )
 def test_settings_reach_a_finished_run(name: str, overrides: list[str], tmp_path) -> None:
@@ -367,6 +374,21 @@ def test_training_the_stitching_layers_alone_leaves_the_anchors_as_they_were(tmp
 
 
 # Adam would blow rounding up where a gradient is nearly zero.
+@pytest.mark.parametrize("program", ["-m stitchable.training --recipe", "-m stitchable_cli train", "script"])
+def test_two_processes_are_started_whatever_starts_the_trainer(program: str, tmp_path) -> None:
+    """In a folder without the repository; they say how many they are where a batch cannot be shared."""
+    started = [str(ROOT / "training" / "train.py"), "--recipe"] if program == "script" else program.split()
+    result = subprocess.run(
+        [sys.executable, *TWO_ON_A_CPU, *started, "digits", "training.batch_size=63", "trackers=[]", "output=run"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "training.batch_size=63 images cannot be shared equally by 2 processes" in result.stderr
+
+
 PLAIN = [*TINY, "training.clip=null", "training.optimizer=sgd", "training.optimizer_options={}"]
 
 
@@ -419,9 +441,7 @@ def test_a_run_resumed_with_accumulated_gradients_is_the_same_training(tmp_path)
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "parts").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
-    assert (run_folder / "draws.tsv").read_text(encoding="utf-8") == (tmp_path / "whole-run" / "draws.tsv").read_text(
-        encoding="utf-8"
-    )
+    assert (run_folder / "draws.tsv").read_bytes() == (tmp_path / "whole-run" / "draws.tsv").read_bytes()
 
 
 def test_what_may_change_when_a_run_is_resumed(tmp_path) -> None:
@@ -456,7 +476,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch) -> None:
     shutil.rmtree(tmp_path / "run")
     _fresh()
     evaluated = []
-    monkeypatch.setattr("train.evaluate", lambda *arguments, **options: evaluated.append(arguments))
+    monkeypatch.setattr("stitchable.training.train.evaluate", lambda *arguments, **options: evaluated.append(arguments))
     run(recipe, resume=True)
     assert not evaluated
     assert (tmp_path / "run" / "stitches.json").read_text(encoding="utf-8") == table

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +16,13 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
-from recipe import Data
 from stitchable.imagenet import in_words
 from stitchable.processing import to_rgb
+from stitchable.training.recipe import Data
 
 logger = logging.getLogger(__name__)
 
-Images = Dataset | IterableDataset
+Images: TypeAlias = Dataset | IterableDataset
 
 
 class DataError(ValueError):

@@ -1,6 +1,6 @@
 """Leave blocks out of one anchor of a finished run and measure what is left (appendix H of the paper, after LayerDrop).
 
-    python training/crop_anchor.py runs/deit_layer_drop --recipe training/recipes/ablations/layer_drop.yaml --anchor 2
+    python benchmarks/reproduction/crop_anchor.py runs/deit_layer_drop --recipe ablations/layer_drop --anchor 2
 
 The recipe says which data to measure on; key.path=value changes it, as for train.py.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from data import make_processor, make_test_loader
-from recipe import Recipe, load_recipe
-from sources import load_data
 from stitchable import StitchableForImageClassification
 from stitchable.costs import profile_anchor
 from stitchable.evaluation import evaluation_mode
+from stitchable.training.data import make_processor, make_test_loader
+from stitchable.training.recipe import Recipe, load_recipe
+from stitchable.training.sources import load_data
 
 
 @dataclass(frozen=True)

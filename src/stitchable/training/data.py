@@ -18,7 +18,10 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import BitImageProcessor
 
-from augmentation import (
+from stitchable import StitchableConfig
+from stitchable.metrics import IGNORED
+from stitchable.processing import image_processor
+from stitchable.training.augmentation import (
     Batch,
     BatchAugmentation,
     collate,
@@ -29,12 +32,9 @@ from augmentation import (
     read_augmented,
     seeded,
 )
-from recipe import Data, Schedule
-from sources import DataError, Images, decode
-from stitchable import StitchableConfig
-from stitchable.metrics import IGNORED
-from stitchable.processing import image_processor
-from streams import SHUFFLE_BUFFER, Stream
+from stitchable.training.recipe import Data, Schedule
+from stitchable.training.sources import DataError, Images, decode
+from stitchable.training.streams import SHUFFLE_BUFFER, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ def make_training_loader(
     # Images in memory are augmented by batches, others one by one.
     transform = None if data.in_memory else make_image_transform(schedule.augmentation, config, processor)
     if isinstance(dataset, IterableDataset):
+        assert transform is not None  # a stream is not in memory
         stream: Source = Stream(dataset, data, transform, batch_size, batches_per_epoch, seed, accelerator)
         return TrainingLoader(stream, batches_per_epoch, mix, seed, accelerator)
     num_draws = batch_size * batches_per_epoch * accelerator.num_processes

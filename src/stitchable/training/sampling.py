@@ -10,8 +10,8 @@ from typing import Literal
 
 from stitchable import Stitch
 
-Method = Literal["uniform", "flops_bins", "sandwich"]
-AcrossProcesses = Literal["same", "similar", "independent"]
+Method = Literal["uniform", "flops_groups", "sandwich"]
+AcrossProcesses = Literal["same", "independent"]
 
 
 class StitchSampler:
@@ -20,12 +20,11 @@ class StitchSampler:
     Args:
         stitches: of the model.
         stitch_ids: those to draw from; all of them if None.
-        method: "uniform", each stitch equally likely (algorithm 1, line 5, of Pan et al., CVPR 2023); "flops_bins",
-            each of `num_bins` equal ranges of FLOPs (those that hold a stitch) equally often, uniform inside;
+        method: "uniform", each stitch equally likely (algorithm 1, line 5, of Pan et al., CVPR 2023); "flops_groups",
+            each group of stitches of like cost equally likely, uniform inside (Pan et al., SN-Netv2, 2023);
             "sandwich", a uniform stitch with the anchors it connects (appendix D), the largest anchor first.
-        num_bins: number of ranges of "flops_bins".
-        across_processes: "same" draws one stitch for all processes; "similar" gives each a different one of the
-            stitches nearest in FLOPs to one draw, so that none waits long; "independent" lets each draw for itself.
+        flops_gap: a group of "flops_groups" holds what is at most so many FLOPs above its cheapest stitch; 1e9 there.
+        across_processes: "same" draws one stitch for all processes; "independent" lets each draw for itself.
         num_processes: how many processes train together.
         seed: of all draws.
 
@@ -39,7 +38,7 @@ class StitchSampler:
         stitch_ids: Sequence[int] | None = None,
         *,
         method: Method = "uniform",
-        num_bins: int = 10,
+        flops_gap: float = 1e9,
         across_processes: AcrossProcesses = "same",
         num_processes: int = 1,
         seed: int = 0,
@@ -56,21 +55,14 @@ class StitchSampler:
         if not drawn:
             raise ValueError("there is no stitch to draw")
         self._by_flops = sorted(drawn, key=lambda stitch: (stitch.flops or 0, stitch.id))
-        self._bins = _bins(self._by_flops, num_bins) if method == "flops_bins" else [self._by_flops]
+        self._groups = _groups(self._by_flops, flops_gap)
         self._method, self._across, self._seed, self._num_processes = method, across_processes, seed, num_processes
 
     def draw(self, step: int, process: int = 0) -> tuple[int, ...]:
         """The ids that a process runs at a step, counted from 0: one, or with "sandwich" the largest anchor first."""
-        if self._across == "independent":
-            stitch = self._draw(step, random.Random(f"{self._seed} {step} {process}"))
-        else:
-            generator = random.Random(f"{self._seed} {step}")
-            stitch = self._draw(step, generator)
-            if self._across == "similar":
-                near = sorted(self._by_flops, key=lambda other: abs((other.flops or 0) - (stitch.flops or 0)))
-                near = near[: self._num_processes]
-                generator.shuffle(near)
-                stitch = near[process % len(near)]
+        key = f"{self._seed} {step} {process}" if self._across == "independent" else f"{self._seed} {step}"
+        generator = random.Random(key)
+        stitch = generator.choice(generator.choice(self._groups) if self._method == "flops_groups" else self._by_flops)
         if self._method != "sandwich":
             return (stitch.id,)
         anchors = [self._anchors[number] for number in {segment.anchor for segment in stitch.route}]
@@ -81,21 +73,14 @@ class StitchSampler:
         """What each process runs at a step."""
         return [self.draw(step, process) for process in range(self._num_processes)]
 
-    def _draw(self, step: int, generator: random.Random) -> Stitch:
-        # Every cycle of as many steps as there are bins goes through all of them, in an order of its own.
-        cycle, place = divmod(step, len(self._bins))
-        order = random.Random(f"{self._seed} cycle {cycle}").sample(range(len(self._bins)), len(self._bins))
-        return generator.choice(self._bins[order[place]])
 
-
-def _bins(by_flops: Sequence[Stitch], num_bins: int) -> list[list[Stitch]]:
-    lowest, highest = (by_flops[place].flops or 0 for place in (0, -1))
-    width = (highest - lowest) / num_bins or 1
-    bins: dict[int, list[Stitch]] = {}
+def _groups(by_flops: Sequence[Stitch], flops_gap: float) -> list[list[Stitch]]:
+    groups: list[list[Stitch]] = []
     for stitch in by_flops:
-        number = min(int(((stitch.flops or 0) - lowest) / width), num_bins - 1)
-        bins.setdefault(number, []).append(stitch)
-    return list(bins.values())
+        if not groups or (stitch.flops or 0) - (groups[-1][0].flops or 0) > flops_gap:
+            groups.append([])
+        groups[-1].append(stitch)
+    return groups
 
 
 def _check_sandwich(drawn: Sequence[Stitch], anchors: dict[int, Stitch]) -> None:

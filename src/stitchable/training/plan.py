@@ -14,15 +14,15 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, get_cpu_distributed_information, parse_flag_from_env
 
 import stitchable
-from augmentation import make_image_transform, make_mixup
-from data import make_processor
-from optimization import make_optimizer, make_scheduler
-from recipe import Recipe
-from sampling import StitchSampler
 from stitchable import Stitch, StitchableForImageClassification
 from stitchable.building import names_of_classes
 from stitchable.families.registry import run_modules
 from stitchable.model.routes import find_stitch
+from stitchable.training.augmentation import make_image_transform, make_mixup
+from stitchable.training.data import make_processor
+from stitchable.training.optimization import make_optimizer, make_scheduler
+from stitchable.training.recipe import Recipe
+from stitchable.training.sampling import StitchSampler
 
 
 def start_processes() -> None:
@@ -44,8 +44,14 @@ def start_processes() -> None:
     if match is None or (machines and int(machines[1]) > 1):
         raise ValueError("accelerate launch starts one process on a CPU; use torchrun for several, or several machines")
     del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", match[1], *sys.argv]
-    os.execv(sys.executable, command)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", match[1]]
+    os.execv(sys.executable, [*torchrun, *_program(), *sys.argv[1:]])
+
+
+def _program() -> list[str]:
+    """What Python was told to run: a script, or a module (-m), whose folder must not come first on the path."""
+    module = sys.modules["__main__"].__spec__
+    return [sys.argv[0]] if module is None else ["-m", module.name.removesuffix(".__main__")]
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -133,7 +139,7 @@ def check_plan(recipe: Recipe, accelerator: Accelerator) -> None:
 
 def _check_sharded(recipe: Recipe) -> None:
     schedules = {"pretraining": recipe.pretraining, "training": recipe.training}
-    refused = {
+    refused: dict[str, Any] = {
         "evaluation.every: sharded weights are measured at the end only": recipe.evaluation.every,
         "sampling.across_processes: with FSDP every process must run the same stitch": (
             recipe.sampling.across_processes != "same"
@@ -168,7 +174,7 @@ def check_sizes(recipe: Recipe, num_images: int) -> None:
     Raises:
         ValueError: names the setting, what it is, and what is possible.
     """
-    wanted = {"training.batch_size": recipe.training.batch_size}
+    wanted: dict[str, int] = {"training.batch_size": recipe.training.batch_size}
     if recipe.pretraining:
         wanted["pretraining.batch_size"] = recipe.pretraining.batch_size
     if recipe.initialization.method == "least_squares":

@@ -17,9 +17,9 @@ from timm.data import Mixup, auto_augment, create_transform
 from torchvision import transforms
 from transformers import BitImageProcessor
 
-from recipe import Augmentation, Schedule
-from sources import DataError, decode
 from stitchable import StitchableConfig
+from stitchable.training.recipe import Augmentation, Schedule
+from stitchable.training.sources import DataError, decode
 
 # "pixel_values" (N, C, H, W), "labels" (N,), and in training "corrupt": of each image what is wrong with it, or None.
 Batch = dict[str, Any]
@@ -33,16 +33,17 @@ def derive_seed(*key: int | str) -> int:
 @contextmanager
 def seeded(*key: int | str) -> Iterator[None]:
     """Seed the global generators that timm's transforms and Mixup draw from, and put them back afterwards."""
-    states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()  # type: ignore[attr-defined]
     seed = derive_seed(*key)
     random.seed(seed)
-    np.random.set_bit_generator(np.random.PCG64(seed))  # a tenth of the time that the state of numpy's own takes
+    # A tenth of the time that the state of numpy's own takes.
+    np.random.set_bit_generator(np.random.PCG64(seed))  # type: ignore[attr-defined]
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_bit_generator(states[1])
+        np.random.set_bit_generator(states[1])  # type: ignore[attr-defined]
         torch.set_rng_state(states[2])
 
 
@@ -64,16 +65,16 @@ def make_image_transform(
         transform = create_transform(
             (3, height, width),
             is_training=True,
-            scale=augmentation.crop_scale,
-            ratio=augmentation.crop_ratio,
+            scale=augmentation.crop_scale,  # type: ignore[arg-type]
+            ratio=augmentation.crop_ratio,  # type: ignore[arg-type]
             hflip=augmentation.horizontal_flip,
-            color_jitter=augmentation.color_jitter or None,
+            color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]
             auto_augment=augmentation.auto_augment,
             re_prob=augmentation.random_erasing,
             re_mode=augmentation.erasing_mode,
             interpolation=augmentation.interpolation,
-            mean=config.image_mean,
-            std=config.image_std,
+            mean=tuple(config.image_mean),
+            std=tuple(config.image_std),
         )
     except (AssertionError, KeyError, ValueError, NotImplementedError, AttributeError) as error:
         raise ValueError(
@@ -149,7 +150,7 @@ def random_crop(
     return windows[torch.arange(number), :, tops, lefts]
 
 
-def make_mixup(schedule: Schedule, num_labels: int, batch_size: int) -> Mixup | None:
+def make_mixup(schedule: Schedule, num_labels: int | None, batch_size: int) -> Mixup | None:
     """Mixup and CutMix of timm for the pairs of a batch: labels become distributions (N, num_labels). None if both off.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -176,11 +177,9 @@ class Schedule(_Section):
         batch_size: images of one optimiser step, all processes and accumulated gradients together.
         optimizer: as in `timm.optim.create_optimizer_v2`; `optimizer_options` go to it, such as momentum or betas.
         learning_rate: at its peak, of the stitching layers; of the anchors `anchor_learning_rate_scale` times that.
-        scheduler: as in `timm.scheduler.create_scheduler_v2`, stepped once per optimiser step; `scheduler_options` go
-            to it, such as decay_epochs of "step".
-        warmup_learning_rate, min_learning_rate: where the warm-up begins and the decay ends.
+        warmup_learning_rate, min_learning_rate: where the linear warm-up begins and the cosine, by steps, ends.
         weight_decay: none on biases, norms, and what the anchors' authors leave out (`no_weight_decay` in timm).
-        clip: gradients by their norm, by value, or adaptively by unit ("agc"), at `clip_at`; no clipping if null.
+        clip: gradients by their norm, or adaptively by unit ("agc"), at `clip_at`; no clipping if null.
         label_smoothing: weight of the uniform distribution in the targets.
         ema_decay: of an exponential moving average of all weights, which the phase ends with; none if null.
         trainable: everything, or the stitching layers alone (figure 9 c of the paper).
@@ -192,13 +191,11 @@ class Schedule(_Section):
     optimizer_options: dict[str, Any] = {}
     learning_rate: float = Field(gt=0)
     anchor_learning_rate_scale: float = Field(1.0, ge=0)
-    scheduler: Literal["cosine", "tanh", "poly", "step", "multistep", "constant"] = "cosine"
-    scheduler_options: dict[str, Any] = {}
     warmup_epochs: float = Field(0, ge=0)
     warmup_learning_rate: float = Field(0.0, ge=0)
     min_learning_rate: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.05, ge=0)
-    clip: Literal["norm", "value", "agc"] | None = None
+    clip: Literal["norm", "agc"] | None = None
     clip_at: float = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     ema_decay: float | None = Field(None, gt=0, lt=1)
@@ -218,15 +215,16 @@ class Sampling(_Section):
     """Which stitch a step of the joint training runs.
 
     Attributes:
-        method: "uniform" (the paper), "flops_bins" (each of `num_bins` ranges of FLOPs equally often, then uniform
-            inside), or "sandwich" (a stitch together with the anchors it connects).
-        across_processes: the "same" stitch everywhere, "similar" ones of like cost, or "independent" ones.
+        method: "uniform" (the paper), "flops_groups" (SN-Netv2: a group of stitches of like cost, then one of it), or
+            "sandwich" (a stitch together with the anchors it connects).
+        flops_gap: FLOPs by which the stitches of a group may lie above its cheapest.
+        across_processes: the "same" stitch everywhere, or "independent" ones.
         stitches: ids to draw from; all of them if null. One id trains that network alone.
     """
 
-    method: Literal["uniform", "flops_bins", "sandwich"] = "uniform"
-    num_bins: int = Field(10, ge=1)
-    across_processes: Literal["same", "similar", "independent"] = "same"
+    method: Literal["uniform", "flops_groups", "sandwich"] = "uniform"
+    flops_gap: float = Field(1e9, ge=0)
+    across_processes: Literal["same", "independent"] = "same"
     stitches: list[int] | None = Field(None, min_length=1)
 
 
@@ -336,19 +334,28 @@ def _check_augmentation(name: str, augmentation: Augmentation, data: Data) -> No
         raise ValueError(f"{name}.augmentation.repeats needs a data set that is not streamed")
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def recipes() -> dict[str, Path]:
+    """The recipes that the package brings: name, such as "digits" or "ablations/sandwich" -> file."""
+    installed = Path(__file__).with_name("recipes")
+    # In an editable installation they lie where the repository keeps them.
+    folder = installed if installed.exists() else Path(__file__).parents[3] / "training" / "recipes"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and change single values of it.
 
     Args:
-        path: the YAML file; its `base`, if it has one, is a recipe beside it whose values hold where it says nothing.
+        path: a YAML file or the name of one of `recipes()`; its `base`, if it has one, is a recipe beside it whose
+            values hold where it says nothing.
         overrides: "key.path=value" each, the value in YAML; `anchors.0.architecture=...` reaches into lists.
 
     Raises:
-        ValueError: no such file, no YAML, or unknown keys (the nearest is named), wrong types, values out of range, or
+        ValueError: no such recipe or key (the nearest is named), no YAML, wrong types, values out of range, or
             impossible combinations, all with their path.
     """
-    config = _read(Path(path))
-    for override in overrides or []:
+    config = _read(_find(path))
+    for override in overrides:
         _apply(config, override)
     try:
         content = OmegaConf.to_container(config, resolve=True)
@@ -359,6 +366,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
         raise ValueError(f"{path} is not a recipe:\n{problems}") from None
+
+
+def _find(path: str | Path) -> Path:
+    ours = recipes()
+    if str(path) in ours and not Path(path).is_file():
+        return ours[str(path)]
+    if isinstance(path, str) and not Path(path).suffix and not Path(path).exists():
+        near = difflib.get_close_matches(path, ours, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ours)}"
+        raise ValueError(f"there is no recipe {path}: {hint} Files of your own end in .yaml")
+    return Path(path)
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:

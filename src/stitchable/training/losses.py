@@ -96,6 +96,8 @@ class Teacher(nn.Module):
 
     def __init__(self, model: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> None:
         super().__init__()
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
         self.model = model.requires_grad_(False)
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
@@ -132,20 +134,21 @@ def load_teacher(name: str, config: StitchableConfig) -> Teacher:
     num_labels = _try(teacher, name, config)
     if num_labels != config.num_labels:
         raise ValueError(f"the teacher {name!r} has {num_labels} classes, the students have {config.num_labels}")
+    names: Any = config.id2label
     for i, label in (labels or {}).items():
-        if _differ(label, config.id2label[i]):
+        if _differ(label, names[i]):
             raise ValueError(
-                f"the teacher {name!r} has other classes: its class {i} is {label!r}, the students' is "
-                f"{config.id2label[i]!r}"
+                f"the teacher {name!r} has other classes: its class {i} is {label!r}, the students' is {names[i]!r}"
             )
     return teacher
 
 
 def _timm_teacher(name: str) -> tuple[nn.Module, Any, Any, dict[int, str] | None]:
     model = timm.create_model(name, pretrained=True)
-    names = model.pretrained_cfg.get("label_names")
+    facts: Any = model.pretrained_cfg
+    names = facts.get("label_names")
     labels = dict(enumerate(in_words(names))) if names else None
-    return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], labels
+    return model, facts["mean"], facts["std"], labels
 
 
 def _hub_teacher(name: str) -> tuple[nn.Module, Any, Any, dict[int, str] | None]:

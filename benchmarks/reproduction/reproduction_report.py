@@ -1,6 +1,6 @@
-"""Tables and figures of docs/reproduction.md, from the results that `training/reproduce.py` left.
+"""Tables and figures of docs/reproduction.md, from the results that `benchmarks/reproduction/reproduce.py` left.
 
-    python training/reproduction_report.py
+    python benchmarks/reproduction/reproduction_report.py
 
 Writes the tables between the marks of the page anew and draws docs/reproduction/STUDY.png. Figures after ± are standard
 deviations over the seeds.
@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-RESULTS = Path(__file__).parents[1] / "docs" / "reproduction"
+RESULTS = Path(__file__).parents[2] / "docs" / "reproduction"
 PAGE = RESULTS.with_suffix(".md")
 Run = dict[str, Any]
 """One run: "stitches" {id: {"route", "flops"}} and, by stage, {id: accuracy}."""

@@ -12,8 +12,8 @@ from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
-from agreement import RunStopped, all_or_none
-from recipe import Recipe
+from stitchable.training.agreement import RunStopped, all_or_none
+from stitchable.training.recipe import Recipe
 
 
 class Checkpoints:
@@ -83,8 +83,10 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 # What may change between the parts of a run, for the same stitches go on with the same images.
-_FREE = ("name", "output", "trackers", "checkpoints", "evaluation", "gradient_accumulation_steps")
-_FREE += ("data.num_workers", "data.on_corrupt_image")
+_FREE = [
+    *("name", "output", "trackers", "checkpoints", "evaluation", "gradient_accumulation_steps"),
+    *("data.num_workers", "data.on_corrupt_image"),
+]
 # Not of a stream, which is dealt out to the workers: some images would come twice and others never.
 _NOT_OF_STREAMS = ("data.num_workers",)
 

@@ -1,12 +1,13 @@
 """Run the experiments of docs/reproduction.md: every variant of a study over several seeds, results as JSON.
 
-    python training/reproduce.py digits
-    python training/reproduce.py cifar10 data.files.train=GLOB data.files.test=GLOB
-    python training/reproduce.py cifar10_resnets data.files.train=GLOB data.files.test=GLOB anchors.0.weights=FILE ...
+    python benchmarks/reproduction/reproduce.py digits
+    python benchmarks/reproduction/reproduce.py cifar10 data.files.train=GLOB data.files.test=GLOB
+    python benchmarks/reproduction/reproduce.py cifar10_resnets data.files.train=GLOB data.files.test=GLOB \
+        anchors.0.weights=FILE ...
 
 Each run is a `training/train.py` of its own with one thread. Runs that the results hold already are not repeated, so an
-interrupted study goes on; `--only VARIANT ...` runs some of them. `python training/reproduction_report.py` makes the
-tables and figures.
+interrupted study goes on; `--only VARIANT ...` runs some of them. `reproduction_report.py` makes the tables and
+figures.
 """
 
 import argparse
@@ -26,10 +27,10 @@ from transformers.utils import logging
 
 from crop_anchor import crop_anchor
 from own_statistics import own_statistics
-from recipe import Recipe, load_recipe
 from stitchable import StitchableForImageClassification
+from stitchable.training.recipe import Recipe, load_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "reproduction"
 
 
@@ -82,7 +83,6 @@ STUDIES = {
             "sandwich": ["sampling.method=sandwich", "distillation={kind: in_place}"],
             "soft-teacher": ["distillation={kind: soft, teacher: '{anchors}'}"],
             "hard-teacher": ["distillation={kind: hard, teacher: '{anchors}'}"],
-            "flops-bins": ["sampling.method=flops_bins"],
             "samples-50": ["initialization.num_samples=50"],
             "samples-200": ["initialization.num_samples=200"],
             "drop-path": ["anchors.2.kwargs.drop_path_rate=0.5", "sampling.stitches=[2]"],

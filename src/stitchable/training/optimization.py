@@ -9,8 +9,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils.agc import adaptive_clip_grad
 
-from recipe import Schedule
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+from stitchable.training.recipe import Schedule
 
 
 def parameter_groups(model: StitchablePreTrainedModel, schedule: Schedule) -> list[dict[str, Any]]:
@@ -21,7 +21,9 @@ def parameter_groups(model: StitchablePreTrainedModel, schedule: Schedule) -> li
     tenth of the rate of the stitching layers (section 4 of the paper).
     """
     groups: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
-    roles = [("anchors", anchor) for anchor in model.anchors] + [("stitching layers", model.stitching_layers)]
+    roles: list[tuple[str, Any]] = [("anchors", anchor) for anchor in model.anchors] + [
+        ("stitching layers", model.stitching_layers)
+    ]
     for role, module in roles:
         names = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()
         for group in param_groups_weight_decay(module, schedule.weight_decay, no_weight_decay_list=names):
@@ -45,7 +47,7 @@ def make_optimizer(groups: list[dict[str, Any]], schedule: Schedule) -> torch.op
             groups, opt=schedule.optimizer, lr=schedule.learning_rate, **schedule.optimizer_options
         )
     except (TypeError, AssertionError, ValueError) as error:
-        known = ", ".join(list_optimizers())
+        known = ", ".join(map(str, list_optimizers()))
         raise ValueError(
             f"timm cannot make the optimizer {schedule.optimizer!r} with {schedule.optimizer_options}: {error}. "
             f"It has {known}"
@@ -53,28 +55,17 @@ def make_optimizer(groups: list[dict[str, Any]], schedule: Schedule) -> torch.op
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, steps_per_epoch: int) -> Scheduler:
-    """Learning rates by optimiser step: `step_update(step)` sets those of a step counted from 0.
-
-    Raises:
-        ValueError: timm's scheduler does not take these options.
-    """
-    # The decay rate of "poly" is its power: timm's own 0.1 would hardly decay.
-    options = {"decay_rate": 1.0} if schedule.scheduler == "poly" else {}
-    options |= schedule.scheduler_options
-    try:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=schedule.scheduler,
-            num_epochs=max(1, schedule.epochs),
-            warmup_epochs=schedule.warmup_epochs,
-            warmup_lr=schedule.warmup_learning_rate,
-            min_lr=schedule.min_learning_rate,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-            **options,
-        )
-    except TypeError as error:
-        raise ValueError(f"timm's scheduler {schedule.scheduler} does not take {options}: {error}") from error
+    """Timm's cosine by optimiser step: `step_update(step)` sets the learning rates of a step counted from 0."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=max(1, schedule.epochs),
+        warmup_epochs=schedule.warmup_epochs,  # type: ignore[arg-type]
+        warmup_lr=schedule.warmup_learning_rate,
+        min_lr=schedule.min_learning_rate,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
     return scheduler
 
 
@@ -84,8 +75,6 @@ def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter
         return
     if schedule.clip == "norm":
         accelerator.clip_grad_norm_(parameters, schedule.clip_at)
-    elif schedule.clip == "value":
-        accelerator.clip_grad_value_(parameters, schedule.clip_at)
     else:
         accelerator.unscale_gradients()
         adaptive_clip_grad(parameters, schedule.clip_at)

@@ -12,9 +12,9 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
-from augmentation import Batch, collate, derive_seed, identity, read_augmented
-from recipe import Data
-from sources import DataError
+from stitchable.training.augmentation import Batch, collate, derive_seed, identity, read_augmented
+from stitchable.training.recipe import Data
+from stitchable.training.sources import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ def all_or_none(patiently: bool = False) -> Iterator[None]:
     problems = [problem]
     if several:
         problems = [None] * distributed.get_world_size()
-        distributed.all_gather_object(problems, problem, group)
+        distributed.all_gather_object(problems, problem, group)  # type: ignore[arg-type]
     if group is not None:
         distributed.destroy_process_group(group)
     if error is not None:

@@ -1,6 +1,6 @@
 """What sharing the statistics of batch norms costs: stitches of a finished run, measured with statistics of their own.
 
-    python training/own_statistics.py runs/cifar10 --recipe training/recipes/cifar10.yaml
+    python benchmarks/reproduction/own_statistics.py runs/cifar10 --recipe training/recipes/cifar10.yaml
 
 A batch norm keeps one running mean and variance, of whatever stitches went through it in training, although each stitch
 brings features of another kind. Here each gets those of its own features on training images; no weight changes. The
@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from data import make_processor, make_test_loader, sample_images
-from recipe import Recipe, load_recipe
-from sources import load_data
 from stitchable import StitchableForImageClassification, evaluate
 from stitchable.evaluation import evaluation_mode
+from stitchable.training.data import make_processor, make_test_loader, sample_images
+from stitchable.training.recipe import Recipe, load_recipe
+from stitchable.training.sources import load_data
 
 
 def main() -> None:

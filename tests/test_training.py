@@ -374,7 +374,14 @@ def test_training_the_stitching_layers_alone_leaves_the_anchors_as_they_were(tmp
 
 
 # Adam would blow rounding up where a gradient is nearly zero.
-@pytest.mark.parametrize("program", ["-m stitchable.training --recipe", "-m stitchable_cli train", "script"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "-m stitchable.training --recipe",
+        pytest.param("-m stitchable_cli train", marks=pytest.mark.slow),
+        pytest.param("script", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_are_started_whatever_starts_the_trainer(program: str, tmp_path) -> None:
     """In a folder without the repository; they say how many they are where a batch cannot be shared."""
     started = [str(ROOT / "training" / "train.py"), "--recipe"] if program == "script" else program.split()

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load
 
 from families import SHIPPED
 from hub_server import TOKEN, Hub
@@ -107,6 +109,22 @@ said(lambda: load(revision="absent"))
 """
 
 
+PUSH_AGAIN = f"""
+import sys
+sys.modules["stitchable"] = None
+import torch
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained("{REPO}", trust_remote_code=True)
+with torch.no_grad():
+    model.anchors[0].head.bias.fill_(7)
+model.push_to_hub("someone/again", private=True, commit_message="Tuned")
+try:
+    model.push_to_hub("someone/again", processor=None)
+except ValueError as error:
+    print(error)
+"""
+
+
 def python(code: str, hub: Hub, folder: Path, **variables: str) -> list[str]:
     environment = {**hub.environment(folder / "cache"), "PYTHONPATH": str(TESTS), **variables}
     return run_python(code, cwd=folder, **environment).splitlines()
@@ -164,6 +182,20 @@ def test_it_loads_where_stitchable_is_not_installed_and_only_what_is_needed(hub:
     assert {"model-anchor-1.safetensors", "model-stitching-layers.safetensors"} == whole
     assert absent.startswith("OSError | someone/absent is not a local folder and is not a valid model identifier")
     assert no_revision.startswith("OSError | absent is not a valid git identifier")
+
+
+def test_a_model_is_pushed_where_stitchable_is_not_installed_as_the_folder_it_came_from(hub: Hub, tmp_path) -> None:
+    (refused,) = python(PUSH_AGAIN, hub, tmp_path, HF_TOKEN=TOKEN)
+    assert refused == "push_to_hub has no option 'processor' where stitchable is not imported"
+    old, new = (hub.repositories[name] for name in (REPO, "someone/again"))
+    before, after = (repository.trees[repository.branches["main"][-1]] for repository in (old, new))
+    assert new.private
+    assert new.messages[new.branches["main"][-1]].split()[0] == "Tuned"
+    assert after.keys() == FILES
+    changed = {name for name in FILES - {".gitattributes"} if before[name] != after[name]}
+    assert changed - {"config.json"} == {"model-anchor-0.safetensors"}
+    bias = load(after["model-anchor-0.safetensors"])["anchors.0.head.bias"]
+    assert torch.equal(bias, torch.full_like(bias, 7))
 
 
 def test_what_cannot_be_pushed_is_said(hub: Hub) -> None:

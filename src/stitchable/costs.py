@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stitchable.families.adapter import Description
 from stitchable.families.registry import class_reference, create_model, describe
-from stitchable.model.architectures import create_model as create_known_model
+from stitchable.model.architectures import create_anchor
 from stitchable.model.chain import Chain, Layout, Part
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.model.operations import TimmModel
@@ -206,9 +206,7 @@ def update_costs(model: StitchablePreTrainedModel) -> None:
 def _profile_of_entry(entry: Mapping[str, Any], config: Any) -> AnchorProfile:
     """The profile of an anchor as its config describes it, whatever this process knows of its class."""
     with torch.device("meta"):
-        model = create_known_model(
-            entry["architecture"], entry.get("kwargs"), num_classes=config.num_labels, own_class=entry.get("class")
-        )
+        model = create_anchor(entry, config.num_labels)
     shape, chain = AnchorShape.from_dict(entry), Chain.from_dict(entry["chain"], type(model))
     described = Description(chain, Layout(shape.layout), shape.stages, shape.prefix_names, type(model).__name__)
     return profile_anchor(model, config.image_size, config.num_channels, described)

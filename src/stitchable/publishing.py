@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from transformers import BaseImageProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import cached_file
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from stitchable.card import (
     CARD,
@@ -104,7 +104,7 @@ def update_repository(
     card.store(model.config)
     with _written_anew(folder) as scratch:
         model.config.save_pretrained(scratch)
-        if not (folder / "preprocessor_config.json").exists():
+        if not (folder / IMAGE_PROCESSOR_NAME).exists():
             processor_of(model).save_pretrained(scratch)
         if not (folder / SAMPLE).exists():
             Image.new("RGB", (64, 64), "grey").save(scratch / SAMPLE)
@@ -224,7 +224,7 @@ def push_folder(
 
     Raises:
         ValueError: the folder is no checkpoint of a stitchable model, its stitch table is not that of its config, it
-            has code that is neither this package's nor of a family that the config names and `families.py` imports, a
+            has code that is neither this package's nor of a class that the config names and this process registered, a
             link out of the folder, or JSON or a card that cannot be read.
         huggingface_hub.errors.HfHubHTTPError: what the Hub refuses, a missing token among it.
     """
@@ -295,8 +295,7 @@ def _check_checkpoint(folder: Path) -> None:
 def _check_code(folder: Path, config: StitchableConfig) -> None:
     """Refuse code that whoever loads the repository with `trust_remote_code=True` may run, but nobody meant to publish.
 
-    That is all but this package's, and the files of families of one's own that the config names and `families.py`
-    imports.
+    That is all but this package's, and the files of classes that the config names and this process has registered.
     """
     package = Path(modeling_stitchable.__file__).parent
     ours = {path.name: path.read_bytes() for path in package.glob("*.py")}
@@ -382,7 +381,7 @@ def processor_of(model: StitchablePreTrainedModel, token: bool | str | None = No
     Raises:
         ValueError: that checkpoint is no longer there, or its image processor is none of transformers.
     """
-    path = file_of(model, "preprocessor_config.json", token)
+    path = file_of(model, IMAGE_PROCESSOR_NAME, token)
     return image_processor(model.config) if path is None else load_image_processor(Path(path).parent)
 
 

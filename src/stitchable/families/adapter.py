@@ -52,7 +52,7 @@ class Adapter:
         for name, operations in named.items():
             if isinstance(operations, str):
                 raise ValueError(f"{name} of an adapter is a tuple, got {operations!r}; write ({operations!r},)")
-        unknown = set(self.uses or ()) - {"stem", "prefix", "context", "head"}
+        unknown = set(self.uses or ()) - set(PARTS)
         if unknown:
             raise ValueError(f"uses is of the parts 'stem', 'prefix', 'context' and 'head', got {min(unknown)!r}")
 

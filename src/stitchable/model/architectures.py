@@ -63,6 +63,13 @@ def create_model(
         raise ValueError(f"{architecture!r} cannot be made with {kwargs}: {reason}") from error
 
 
+def create_anchor(entry: Mapping[str, Any], num_classes: int | None) -> TimmModel:
+    """The model of an anchor of the config, as `create_model` makes it."""
+    return create_model(
+        entry["architecture"], entry.get("kwargs"), num_classes=num_classes, own_class=entry.get("class")
+    )
+
+
 # What timm's functions take for themselves before the constructor of a model gets the rest: files and addresses of
 # weights, and what else can be made of a model.
 _NOT_OF_A_MODEL = {

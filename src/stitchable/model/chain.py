@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -84,13 +85,6 @@ class Chain:
     call: Callable[..., Any] | None = None
     context: Callable[[TimmModel, torch.Tensor, torch.Tensor, Grid | None], tuple[Any, ...]] | None = None
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Look up once which part owns what."""
-        owners: dict[str, Part] = {name: part for part, names in self.parts.items() for name in names}
-        for index, block in enumerate(self.blocks):
-            owners.update({name: index for name in block if isinstance(name, str) and name not in owners})
-        object.__setattr__(self, "_owners", owners)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only, the form it has in `config.json`; what is empty is left out."""
@@ -218,10 +212,13 @@ class Chain:
         blocks = {module for part in self.modules_of_blocks(model).values() for module in part.modules()}
         return [module for module in model.modules() if module not in blocks]
 
-    @property
+    @cached_property
     def owners(self) -> Mapping[str, Part]:
         """Submodules and parameters by name, with the part that they belong to."""
-        return self.__dict__["_owners"]
+        owners: dict[str, Part] = {name: part for part, names in self.parts.items() for name in names}
+        for index, block in enumerate(self.blocks):
+            owners.update({name: index for name in block if isinstance(name, str) and name not in owners})
+        return owners
 
     def part_of(self, name: str) -> Part:
         """Which part owns the submodule, parameter or buffer `name`."""

@@ -25,7 +25,7 @@ from transformers.dynamic_module_utils import custom_object_save, get_class_from
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
-from .architectures import OWN_CLASSES, create_model
+from .architectures import OWN_CLASSES, create_anchor
 from .chain import Chain, Flow, Layout, Part
 from .configuration_stitchable import StitchableConfig
 from .operations import TimmModel
@@ -370,8 +370,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        steps, back = self.steps(stitch_id), self._find(stitch_id).route[-1].anchor
-        if self._find(stitch_id).is_anchor and hasattr(self.anchors[back], "forward_intermediates"):
+        stitch, steps = self._find(stitch_id), self.steps(stitch_id)
+        back = stitch.route[-1].anchor
+        if stitch.is_anchor and hasattr(self.anchors[back], "forward_intermediates"):
             timm_model: TimmModel = self.anchors[back]
             options = {"norm": norm, "stop_early": stop_early, "output_fmt": output_fmt}
             if return_prefix_tokens and self._shapes[back].prefix_tokens:
@@ -435,23 +436,17 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 f"num_classes must be at least 1, got {num_classes}; forward_head(pre_logits=True) leaves the "
                 "classifier out"
             )
-        for index, chain in self.chains.items():
-            if "head" not in self.parts_of_anchor(index):
-                continue
+        with_heads = [index for index in self.chains if "head" in self.parts_of_anchor(index)]
+        if any(next(self.anchors[index].parameters()).is_meta for index in with_heads):
+            raise ValueError("a model whose weights are offloaded gets no new classifiers; load it without")
+        for index in with_heads:
             anchor: TimmModel = self.anchors[index]
-            if next(anchor.parameters()).is_meta:
-                raise ValueError("a model whose weights are offloaded gets no new classifiers; load it without")
             known, like = set(anchor.modules()), next(anchor.parameters())
             if hasattr(anchor, "reset_classifier"):
                 anchor.reset_classifier(num_classes)
             else:
-                entry, name = self.config.anchors[index], str(chain.head[-1])
-                fresh = create_model(
-                    entry["architecture"],
-                    entry.get("kwargs"),
-                    num_classes=num_classes,
-                    own_class=entry.get("class"),
-                )
+                name = str(self.chains[index].head[-1])
+                fresh = create_anchor(self.config.anchors[index], num_classes)
                 anchor.set_submodule(name, fresh.get_submodule(name))
                 anchor.num_classes = num_classes
             for module in set(anchor.modules()) - known:
@@ -724,12 +719,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if not parts:
             return nn.Identity()
         entry, shape = self.config.anchors[index], self._shapes[index]
-        model = create_model(
-            entry["architecture"],
-            entry.get("kwargs"),
-            num_classes=self.config.num_labels,
-            own_class=entry.get("class"),
-        )
+        model = create_anchor(entry, self.config.num_labels)
         try:
             chain = Chain.from_dict(entry["chain"], type(model))
             chain.check_names(model)
@@ -943,9 +933,8 @@ def _counterpart(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     if isinstance(module, nn.Identity):
         return source  # of which the stitch needs nothing
     needed, there = ({key: tuple(tensor.shape) for key, tensor in _tensors(each)} for each in (module, source))
-    synchronised = (
-        isinstance(source, nn.SyncBatchNorm) and type(module) is nn.BatchNorm2d
-    )  # for training on many devices
+    # For training on many devices.
+    synchronised = isinstance(source, nn.SyncBatchNorm) and type(module) is nn.BatchNorm2d
     same_kind = type(source) is type(module) or synchronised
     if not same_kind or not needed.keys() <= there.keys():
         raise ValueError(

@@ -47,22 +47,18 @@ def brought_in(modules: Iterable[nn.Module]) -> Iterator[None]:
     embeddings).
     """
     with _LOCK:
-        yield from _held(modules)
-
-
-def _held(modules: Iterable[nn.Module]) -> Iterator[None]:
-    held = [(hook, module) for module in modules for hook in _hooks(module) if getattr(hook, "offload", False)]
-    if held and torch.is_grad_enabled() and any(module.training for _, module in held):
-        raise ValueError("offloaded weights get no gradients, so such a model cannot be trained; call model.eval()")
-    for hook, module in held:
-        hook.pre_forward(module)
-        hook.offload = False  # or the module's own forward would bring them in again, and leave nothing to others
-    try:
-        yield
-    finally:
+        held = [(hook, module) for module in modules for hook in _hooks(module) if getattr(hook, "offload", False)]
+        if held and torch.is_grad_enabled() and any(module.training for _, module in held):
+            raise ValueError("offloaded weights get no gradients, so such a model cannot be trained; call model.eval()")
         for hook, module in held:
-            hook.offload = True
-            hook.post_forward(module, None)
+            hook.pre_forward(module)
+            hook.offload = False  # or the module's own forward would bring them in again, and leave nothing to others
+        try:
+            yield
+        finally:
+            for hook, module in held:
+                hook.offload = True
+                hook.post_forward(module, None)
 
 
 def _hooks(module: nn.Module) -> Sequence[Any]:

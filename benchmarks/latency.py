@@ -15,7 +15,7 @@ from report import write_report
 
 import stitchable
 from stitchable import calibrate
-from stitchable.latency import measure_latencies
+from stitchable.timing import measure_latencies
 
 ANCHORS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
 TARGET = 0.05

@@ -15,7 +15,7 @@ def write_report(name: str, figures: dict[str, Any]) -> Path:
     """Write `results/NAME.json` with the figures, command, commit, versions and machine."""
     import torch
 
-    from stitchable.throughput import processor_name
+    from stitchable.timing import processor_name
 
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     report = {

@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from families import NUM_LABELS, images, make
-from stitchable import StitchableForImageClassification, evaluate, evaluation
+from stitchable import StitchableForImageClassification, evaluate
+from stitchable.training import resuming
+from stitchable.training.resuming import evaluate_resumably
 
 IDS = [0, 4, 2]
 
@@ -28,15 +30,15 @@ def report(accelerator: Accelerator, num_images: int, batch_size: int, checkpoin
     assert model.stitches[4].metrics == figures[4]
 
     measured_before = min(2, len(loader))
-    evaluation._SECONDS_BETWEEN_SAVES = 0
+    resuming._SECONDS_BETWEEN_SAVES = 0
     interrupt(model, loader, accelerator, checkpoint, measured_before)
     # Only the main process can read the file.
     path = checkpoint if accelerator.is_main_process else "/nowhere/partial"
     measured_again: list[int] = []
-    measure = evaluation._measure
-    evaluation._measure = lambda *arguments: measured_again.append(1) or measure(*arguments)
-    resumed = evaluate(model, loader, IDS, accelerator=accelerator, checkpoint=path)
-    evaluation._measure = measure
+    measure = resuming.measure_batch
+    resuming.measure_batch = lambda *arguments: measured_again.append(1) or measure(*arguments)
+    resumed = evaluate_resumably(model, loader, path, IDS, accelerator=accelerator)
+    resuming.measure_batch = measure
 
     samples[0]["labels"] = 7  # of the first process
     try:
@@ -62,17 +64,17 @@ def interrupt(
     model: StitchableForImageClassification, loader: DataLoader, accelerator: Accelerator, path: str, after: int
 ) -> None:
     """Start an evaluation that stops on every process once `after` batches are on disk."""
-    save = evaluation._Partial.save
+    save = resuming._Partial.save
     saved: list[int] = []
 
-    def save_and_stop(self: evaluation._Partial, rows: list[torch.Tensor]) -> None:
+    def save_and_stop(self: resuming._Partial, rows: list[torch.Tensor]) -> None:
         save(self, rows)
         saved.append(1)
         if len(saved) == after:
             raise KeyboardInterrupt
 
-    evaluation._Partial.save = save_and_stop
-    measure = evaluation._measure
+    resuming._Partial.save = save_and_stop
+    measure = resuming.measure_batch
     if not accelerator.is_main_process:
         measured: list[int] = []
 
@@ -83,12 +85,12 @@ def interrupt(
                 raise KeyboardInterrupt
             return rows
 
-        evaluation._measure = measure_and_stop
+        resuming.measure_batch = measure_and_stop
     try:
-        evaluate(model, loader, IDS, accelerator=accelerator, checkpoint=path)
+        evaluate_resumably(model, loader, path, IDS, accelerator=accelerator)
         raise AssertionError("it was not interrupted")
     except KeyboardInterrupt:
-        evaluation._Partial.save, evaluation._measure = save, measure
+        resuming._Partial.save, resuming.measure_batch = save, measure
 
 
 if __name__ == "__main__":

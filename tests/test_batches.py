@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from families import images, make
 from stitchable import evaluate, initialize_stitches
 from stitchable.batches import unpack_batch
+from stitchable.training.resuming import evaluate_resumably
 
 NUM_IMAGES = 40
 X, LABELS = images("vit", NUM_IMAGES), torch.arange(NUM_IMAGES) % 5
@@ -54,12 +55,12 @@ def test_evaluation_and_least_squares_take_the_same_batches(form: str, expected)
 
 
 def test_a_resumed_evaluation_takes_pairs(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("stitchable.evaluation._SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr("stitchable.training.resuming._SECONDS_BETWEEN_SAVES", 0)
     model, pairs = make("vit"), [(X[:15], LABELS[:15].tolist()), (X[15:], LABELS[15:].tolist())]
     broken = [pairs[0], (X[15:], ["a"] * 25)]
     with pytest.raises(ValueError, match="labels must be class numbers"):
-        evaluate(model, broken, checkpoint=tmp_path / "partial")
-    assert evaluate(model, pairs, checkpoint=tmp_path / "partial") == evaluate(model, pairs)
+        evaluate_resumably(model, broken, tmp_path / "partial")
+    assert evaluate_resumably(model, pairs, tmp_path / "partial") == evaluate(model, pairs)
 
 
 @pytest.mark.parametrize(

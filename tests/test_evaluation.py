@@ -4,20 +4,17 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from families import NUM_LABELS, images, make
-from stitchable import evaluate, evaluation
-from stitchable.evaluation import run_stitches
+from stitchable import evaluate
+from stitchable.evaluation import measure_batch, record_figures, run_batches, run_stitches
 
 TESTS = Path(__file__).parent
 
@@ -95,48 +92,6 @@ def test_bad_input_is_named() -> None:
             evaluate(model, [{"pixel_values": images("vit"), "labels": torch.tensor([0, label])}])
 
 
-class _Stop(Exception):
-    pass
-
-
-def stopping(data: list, after: int):
-    yield from data[:after]
-    raise _Stop
-
-
-def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(evaluation, "_SECONDS_BETWEEN_SAVES", 0)
-    model, data, path = make("vit"), batches("vit", (3, 3, 3, 3)), tmp_path / "partial"
-    expected = evaluate(model, data)
-    with pytest.raises(_Stop):
-        evaluate(model, stopping(data, 2), checkpoint=path)
-    read = []
-    resumed = evaluate(model, (read.append(1) or batch for batch in data), checkpoint=path)
-    assert resumed == expected
-    assert len(read) == 4  # an iterable has to be read, though not measured; a DataLoader skips
-    assert not path.exists()
-
-    samples = [{name: tensor[i] for name, tensor in batch.items()} for batch in data for i in range(3)]
-    drawn = []
-
-    class Samples(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return len(samples)
-
-        def __getitem__(self, index: int) -> dict:
-            drawn.append(index)
-            if len(drawn) == 9 and not path.with_suffix(".second").exists():
-                path.with_suffix(".second").touch()
-                raise _Stop
-            return samples[index]
-
-    with pytest.raises(_Stop):
-        evaluate(model, DataLoader(Samples(), 3), checkpoint=path)
-    drawn.clear()
-    assert evaluate(model, DataLoader(Samples(), 3), checkpoint=path) == expected
-    assert drawn == list(range(6, 12))
-
-
 def test_the_forward_pass_is_in_the_precision_of_the_accelerator() -> None:
     model, data = make("vit"), batches("vit")
     seen = set()
@@ -155,37 +110,12 @@ def test_the_forward_pass_is_in_the_precision_of_the_accelerator() -> None:
     assert seen == {torch.bfloat16}
 
 
-def test_a_checkpoint_of_another_evaluation_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(evaluation, "_SECONDS_BETWEEN_SAVES", 0)
-    model, data, path = make("vit"), batches("vit", (3, 3, 3)), tmp_path / "partial"
-    with pytest.raises(_Stop):
-        evaluate(model, stopping(data, 1), checkpoint=path)
-    with pytest.raises(ValueError, match="another evaluation, with other stitches"):
-        evaluate(model, data, [0], checkpoint=path)
-    with pytest.raises(ValueError, match="with other weights"):
-        evaluate(make("vit", seed=3), data, checkpoint=path)
-    with pytest.raises(ValueError, match="with other batch size"):
-        evaluate(model, DataLoader([{"pixel_values": images("vit")[0], "labels": 1}], 1), checkpoint=path)
-    with pytest.raises(ValueError, match="with other batch size: a batch has 2 samples, there it had 3"):
-        evaluate(model, batches("vit", (2, 2, 2)), checkpoint=path)
-    two = SimpleNamespace(num_processes=2, mixed_precision="bf16", is_main_process=True)
-    with pytest.raises(ValueError, match="with other number of processes, precision;"):
-        evaluate(model, data, accelerator=two, checkpoint=path)
-    model.bfloat16()
-    with pytest.raises(ValueError, match="with other weights"):
-        evaluate(model, data, checkpoint=path)
-    path.write_text("something else", encoding="utf-8")
-    with pytest.raises(ValueError, match="partial is no checkpoint of an evaluation"):
-        evaluate(model, data, checkpoint=path)
-    assert path.read_text(encoding="utf-8") == "something else"
-
-
 def test_two_processes_count_every_sample_once(tmp_path) -> None:
     batch_sizes = {11: 2, 3: 4}  # by number of images: a last batch to fill up, and less than one batch in all
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(TESTS / "distributed_evaluation.py"), str(tmp_path / "partial")]
     command += [f"{number}x{size}" for number, size in batch_sizes.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, result.stderr
     printed = [json.loads(line) for line in re.findall(r"RESULT (.*?) END", result.stdout)]
@@ -206,35 +136,31 @@ def test_two_processes_count_every_sample_once(tmp_path) -> None:
             assert metrics == pytest.approx(expected[int(stitch_id)], rel=1e-5)
 
 
-def test_a_killed_evaluation_leaves_what_it_measured(tmp_path) -> None:
-    """A process killed by SIGKILL in the middle, its work taken up in this one."""
-    code = f"""
-import sys, time; sys.path.insert(0, {str(TESTS)!r})
-import torch; torch.set_num_threads(1)
-from stitchable import evaluate, evaluation
-from test_evaluation import batches, make
-evaluation._SECONDS_BETWEEN_SAVES = 0
-def slow():
-    for number, batch in enumerate(batches("vit", (3,) * 6)):
-        print(number, flush=True)
-        time.sleep(0 if number < 3 else 100)
-        yield batch
-evaluate(make("vit"), slow(), checkpoint={str(tmp_path / "partial")!r})
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        while process.stdout.readline().strip() != "3":
-            assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-    assert (tmp_path / "partial").exists()
-    model, data = make("vit"), batches("vit", (3,) * 6)
-    ran = []
-    run_head = model.run_head
-    model.run_head = lambda *arguments: ran.append(1) or run_head(*arguments)
-    started = time.monotonic()
-    resumed = evaluate(model, data, checkpoint=tmp_path / "partial")
-    assert time.monotonic() - started < 60
-    assert len(ran) == 3 * len(model.stitches)
-    model.run_head = run_head
-    for stitch_id, metrics in evaluate(model, data).items():
-        assert resumed[stitch_id] == pytest.approx(metrics, rel=1e-5)
+def test_one_pass_gives_logits_and_figures() -> None:
+    model, data = make("vit").train(), batches("vit")
+    rows, kept = [], []
+    for labels, logits in run_batches(model, iter(data)):
+        assert not model.training
+        assert torch.is_grad_enabled()  # the caller's own affair
+        assert not any(each.requires_grad for each in logits.values())
+        rows.append(measure_batch(labels, logits))
+        kept.append((labels, logits))
+    assert model.training
+    assert [list(logits) for _, logits in kept] == [[stitch.id for stitch in model.stitches]] * 2
+    model.eval()
+    for batch, (labels, logits) in zip(data, kept, strict=True):
+        assert torch.equal(labels, batch["labels"])
+        for stitch_id, each in logits.items():
+            assert torch.equal(each, model(batch["pixel_values"], stitch_id=stitch_id).logits)
+    figures = record_figures(model, rows)
+    assert figures == {stitch.id: stitch.metrics for stitch in model.stitches}
+    assert figures == evaluate(model, data)
+
+
+def test_a_pass_that_is_left_puts_the_mode_back() -> None:
+    model = make("vit").train()
+    passing = run_batches(model, batches("vit"), [4, 0])
+    assert list(next(passing)[1]) == [4, 0]
+    assert not model.training
+    passing.close()
+    assert model.training

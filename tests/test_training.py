@@ -483,7 +483,9 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch) -> None:
     shutil.rmtree(tmp_path / "run")
     _fresh()
     evaluated = []
-    monkeypatch.setattr("stitchable.training.train.evaluate", lambda *arguments, **options: evaluated.append(arguments))
+    monkeypatch.setattr(
+        "stitchable.training.train.evaluate_resumably", lambda *arguments, **options: evaluated.append(arguments)
+    )
     run(recipe, resume=True)
     assert not evaluated
     assert (tmp_path / "run" / "stitches.json").read_text(encoding="utf-8") == table

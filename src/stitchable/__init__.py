@@ -19,7 +19,7 @@ from stitchable.model.modeling_stitchable import (
 )
 from stitchable.model.routes import Segment, Stitch, pareto_front
 from stitchable.publishing import push_model
-from stitchable.throughput import measure_throughput
+from stitchable.timing import measure_throughput
 
 AutoConfig.register("stitchable", StitchableConfig)
 AutoModel.register(StitchableConfig, StitchableModel)

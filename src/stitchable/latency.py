@@ -1,7 +1,6 @@
 """Latency and memory of every stitch, predicted: each block of each anchor is timed once, and routes are added up."""
 
 import statistics
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from stitchable.evaluation import evaluation_mode
 from stitchable.model.chain import Flow, Part
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.routes import AnchorShape, Stitch
-from stitchable.throughput import describe_device, random_pixel_values, synchronize
+from stitchable.timing import Clock, describe_device, measure_latencies, random_pixel_values, seconds_of
 
 
 def calibrate(
@@ -86,28 +85,6 @@ def calibrate(
     return model.config.latency
 
 
-def measure_latencies(
-    model: StitchablePreTrainedModel, stitch_ids: Collection[int], *, batch_size: int = 1, num_runs: int = 20
-) -> dict[int, float]:
-    """Median seconds of a call of each stitch, by id.
-
-    Rounds go through all of them, so that a slow moment of the machine meets all alike. Each timed call follows one of
-    the same stitch, as where a stitch is used again and again.
-    """
-    pixel_values = random_pixel_values(model, batch_size)
-    seconds: dict[int, list[float]] = {stitch_id: [] for stitch_id in stitch_ids}
-    with torch.inference_mode(), evaluation_mode(model):
-        for _ in logging.tqdm(range(num_runs), desc="measuring stitches", leave=False):
-            for stitch_id, measured in seconds.items():
-                model(pixel_values, stitch_id=stitch_id)
-                synchronize(model.device)
-                started = time.perf_counter()
-                model(pixel_values, stitch_id=stitch_id)
-                synchronize(model.device)
-                measured.append(time.perf_counter() - started)
-    return {stitch_id: statistics.median(measured) for stitch_id, measured in seconds.items()}
-
-
 @dataclass(frozen=True)
 class _Part:
     """A step as it is run alone: its function, and its input unless that is what the part before it returned."""
@@ -164,12 +141,10 @@ class _Parts:
             for step, seconds in now.items():
                 rounds[step].append(seconds)
             for stitch in anchors:
-                synchronize(self.model.device)
-                started = time.perf_counter()
-                self.model(self.pixel_values, stitch_id=stitch.id)
-                synchronize(self.model.device)
-                steps = sum(now[step] for step in self.model.steps(stitch.id))
-                beyond.append(time.perf_counter() - started - steps)
+                call = partial(self.model, self.pixel_values, stitch_id=stitch.id)
+                beyond.append(
+                    seconds_of(call, self.model.device) - sum(now[step] for step in self.model.steps(stitch.id))
+                )
         self.seconds = {step: statistics.median(seconds) for step, seconds in rounds.items()}
         for names in kinds.values():
             self.seconds |= {self.layers[name][0]: self.seconds[self.layers[names[0]][0]] for name in names}
@@ -191,14 +166,12 @@ class _Parts:
 
     def _run(self, chain: Sequence[_Part]) -> dict[Step, float]:
         """Seconds of each step of one run."""
-        clock = _Clock(self.model.device)
+        clock = Clock(self.model.device)
         flow: Flow | None = None
         for part in chain:
             flow = part.input or flow
             assert flow is not None  # the first part has an input
-            clock.start()
-            flow = part.run(flow)
-            clock.stop()
+            flow = clock.time(partial(part.run, flow))
         return dict(zip((part.step for part in chain), clock.seconds(), strict=True))
 
     def _parts_of_anchor(self, anchor: int) -> list[_Part]:
@@ -278,34 +251,6 @@ _STEPS_OF_PART: dict[Part, tuple[str, ...]] = {
     "context": ("stem",),
     "head": ("neck", "bare"),
 }
-
-
-class _Clock:
-    """Seconds between pairs of moments, on a GPU by events in its own stream so that nothing waits in between."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.moments: list[Any] = []
-
-    def start(self) -> None:
-        self.moments.append(self._now())
-
-    stop = start
-
-    def seconds(self) -> list[float]:
-        pairs = list(zip(self.moments[::2], self.moments[1::2], strict=True))
-        if self.device.type != "cuda":
-            return [end - begin for begin, end in pairs]
-        torch.cuda.synchronize(self.device)
-        return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            synchronize(self.device)
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -27,9 +27,8 @@ from transformers import BitImageProcessor
 
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
 from stitchable.card import Card, what_it_prints
-from stitchable.evaluation import weights_digest
 from stitchable.publishing import check_new_folder, save_repository
-from stitchable.throughput import measure_throughput
+from stitchable.timing import measure_throughput
 from stitchable.training.agreement import RunStopped, all_or_none
 from stitchable.training.books import Books
 from stitchable.training.checkpoints import (
@@ -61,6 +60,7 @@ from stitchable.training.plan import (
     start_processes,
 )
 from stitchable.training.recipe import Recipe, Schedule, load_recipe
+from stitchable.training.resuming import evaluate_resumably, weights_digest
 from stitchable.training.sampling import StitchSampler
 from stitchable.training.sources import DataError, Images, Splits, decode, load_data
 
@@ -296,8 +296,8 @@ class _Run:
         weights = weights_digest(self.model) if self.accelerator.is_main_process else None
         measured = self._known_figures(known, weights)
         if measured is None:
-            measured = evaluate(
-                self.model, self.test_loader, stitch_ids, accelerator=self.accelerator, checkpoint=partial
+            measured = evaluate_resumably(
+                self.model, self.test_loader, partial, stitch_ids, accelerator=self.accelerator
             )
         else:
             for stitch_id, metrics in measured.items():

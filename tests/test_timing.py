@@ -1,10 +1,13 @@
-"""Images per second of every stitch."""
+"""The timer, images per second and seconds of a call of every stitch."""
+
+import time
 
 import pytest
 import torch
 
 from families import make
 from stitchable import StitchableForImageClassification, measure_throughput
+from stitchable.timing import Clock, measure_latencies
 
 
 def test_rates_join_the_stitch_table_and_say_where_they_are_from(tmp_path) -> None:
@@ -62,6 +65,24 @@ def test_a_stitch_of_twice_the_work_is_slower() -> None:
     assert large < small  # batches per second
 
 
+def test_calls_are_measured_in_turn_each_after_one_of_its_kind() -> None:
+    model, ran = make("vit").train(), []
+    forward = model.forward
+
+    def slow(x: torch.Tensor, stitch_id: int):
+        ran.append((tuple(x.shape), stitch_id, model.training))
+        time.sleep(0.03 * stitch_id)
+        return forward(x, stitch_id=stitch_id)
+
+    model.forward = slow
+    measured = measure_latencies(model, [0, 1], batch_size=2, num_runs=2)
+    del model.forward
+    assert ran == [((2, 3, 32, 32), stitch_id, False) for stitch_id in (0, 0, 1, 1)] * 2
+    assert list(measured) == [0, 1]
+    assert measured[1] >= 0.03
+    assert model.training
+
+
 def test_bad_input_is_named() -> None:
     model = make("vit")
     with pytest.raises(ValueError, match="stitch_id 99"):
@@ -70,3 +91,10 @@ def test_bad_input_is_named() -> None:
         measure_throughput(model, batch_size=0)
     with pytest.raises(ValueError, match="at least 0, got 64, 30 and -1"):
         measure_throughput(model, num_warmup_runs=-1)
+
+
+def test_a_clock_times_pieces_apart_and_gives_what_they_return() -> None:
+    clock = Clock(torch.device("cpu"))
+    assert [clock.time(lambda: time.sleep(0.02) or 7), clock.time(lambda: 8)] == [7, 8]
+    slow, quick = clock.seconds()
+    assert quick < 0.02 <= slow

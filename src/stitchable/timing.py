@@ -1,16 +1,58 @@
-"""Images per second of every stitch on the device at hand."""
+"""The timer of this project, and what it measures of whole stitches: images per second and seconds of a call."""
 
 import platform
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging
 
 from stitchable.evaluation import evaluation_mode
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Seconds that work takes on a device; of a GPU by events in its stream, so that pieces in a row need not wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._moments: list[tuple[Any, Any]] = []
+
+    def time(self, work: Callable[[], T]) -> T:
+        """Do a piece of work and remember how long it took."""
+        started = self._now()
+        result = work()
+        self._moments.append((started, self._now()))
+        return result
+
+    def seconds(self) -> list[float]:
+        """Of each piece so far; waits for the device."""
+        synchronize(self.device)
+        if self.device.type != "cuda":
+            return [end - started for started, end in self._moments]
+        return [started.elapsed_time(end) / 1e3 for started, end in self._moments]
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            synchronize(self.device)
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one piece of work, alone on its device."""
+    synchronize(device)
+    clock = Clock(device)
+    clock.time(work)
+    return clock.seconds()[0]
 
 
 @torch.inference_mode()
@@ -52,14 +94,9 @@ def measure_throughput(
     rates = {}
     with evaluation_mode(model):
         for stitch_id in logging.tqdm(ids, desc="measuring throughput", leave=False):
-            for _ in range(num_warmup_runs):
-                model(pixel_values, stitch_id=stitch_id)
-            synchronize(model.device)
-            started = time.perf_counter()
-            for _ in range(num_runs):
-                model(pixel_values, stitch_id=stitch_id)
-            synchronize(model.device)
-            rates[stitch_id] = num_runs * batch_size / (time.perf_counter() - started)
+            _call(model, pixel_values, stitch_id, num_warmup_runs)
+            seconds = seconds_of(partial(_call, model, pixel_values, stitch_id, num_runs), model.device)
+            rates[stitch_id] = num_runs * batch_size / seconds
     measured_on = {
         **describe_device(model),
         "batch_size": batch_size,
@@ -68,6 +105,30 @@ def measure_throughput(
     }
     _record(model, rates, measured_on)
     return rates
+
+
+@torch.inference_mode()
+def measure_latencies(
+    model: StitchablePreTrainedModel, stitch_ids: Collection[int], *, batch_size: int = 1, num_runs: int = 20
+) -> dict[int, float]:
+    """Median seconds of a call of each stitch, by id.
+
+    Rounds go through all of them, so that a slow moment of the machine meets all alike. Each timed call follows one of
+    the same stitch, as where a stitch is used again and again.
+    """
+    pixel_values = random_pixel_values(model, batch_size)
+    seconds: dict[int, list[float]] = {stitch_id: [] for stitch_id in stitch_ids}
+    with evaluation_mode(model):
+        for _ in logging.tqdm(range(num_runs), desc="measuring stitches", leave=False):
+            for stitch_id, measured in seconds.items():
+                _call(model, pixel_values, stitch_id, 1)
+                measured.append(seconds_of(partial(_call, model, pixel_values, stitch_id, 1), model.device))
+    return {stitch_id: statistics.median(measured) for stitch_id, measured in seconds.items()}
+
+
+def _call(model: StitchablePreTrainedModel, pixel_values: torch.Tensor, stitch_id: int, times: int) -> None:
+    for _ in range(times):
+        model(pixel_values, stitch_id=stitch_id)
 
 
 def _record(

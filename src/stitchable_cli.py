@@ -243,7 +243,9 @@ def eval(  # the name of the command
 @command
 def calibrate(
     folder: Folder,
-    batch_size: Annotated[int, typer.Option(help="Images per call.")] = 1,
+    batch_sizes: Annotated[
+        str, typer.Option(help="Images per call; of several, such as 1,8,32, the first is for the table.")
+    ] = "1",
     num_runs: Annotated[int, typer.Option(help="Timed rounds.")] = 20,
     threads: Annotated[int | None, typer.Option(help="Of a CPU; PyTorch's default if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -269,7 +271,8 @@ def calibrate(
     running = _to(copy.deepcopy(model), device, getattr(torch, dtype))
     if compiled:
         running.compile_blocks()
-    result = stitchable.calibrate(running, batch_size=batch_size, num_runs=num_runs)
+    sizes = _numbers(batch_sizes, "--batch-sizes") or ()
+    result = stitchable.calibrate(running, batch_sizes=sizes, num_runs=num_runs)
     for stitch in running.stitches:  # the folder keeps the data type of its weights
         model.record(stitch.id, latency_ms=stitch.latency_ms, memory_mb=stitch.memory_mb)
     model.config.latency = result
@@ -278,7 +281,7 @@ def calibrate(
         typer.echo(json.dumps(result, indent=1, allow_nan=False))
     else:
         _print_table(model)
-        typer.echo(f"predicted for {result['device']}, {result['dtype']}, batches of {batch_size}")
+        typer.echo(f"predicted for {result['device']}, {result['dtype']}, batches of {result['batch_size']}")
         if result["verified"]:
             number, error = len(result["verified"]), 100 * result["median_error"]
             typer.echo(f"of {number} stitches that were measured, the median error is {error:.1f} %")

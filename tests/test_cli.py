@@ -177,7 +177,7 @@ def test_export_writes_graphs_or_a_program(folder, tmp_path) -> None:
         (["eval", "{folder}", "{pictures}", "--device", "nowhere"], "the model cannot be put on 'nowhere'"),
         (["table", "{folder}", "--pareto"], "has a measured accuracy; stitchable eval measures them"),
         (["eval", "{folder}", "{splits}"], "has the splits train, validation; choose one"),
-        (["calibrate", "{folder}", "--batch-size", "0"], "batch_size and num_runs must be at least 1"),
+        (["calibrate", "{folder}", "--batch-sizes", "0"], "batch_sizes and num_runs must be at least 1"),
         (["extract", "{folder}", "4", "{folder}"], "already holds something"),
         (["extract", "{folder}", "99", "{new}"], "stitch_id 99 is out of range"),
         (["build", "vit_tiny_patch16_224", "-o", "{new}"], "at least two anchors"),

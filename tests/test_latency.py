@@ -8,6 +8,7 @@ from torch import nn
 
 from families import images, make
 from stitchable import StitchableForImageClassification, calibrate
+from stitchable.latency import _fit_lines
 
 
 class Slow(nn.Module):
@@ -53,7 +54,7 @@ def test_latency_is_the_sum_over_the_route(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["vit", "swin", "resnet", "levit", "convnext"])
 def test_memory_is_the_weights_of_the_stitch_and_what_lives_beside_them(name: str) -> None:
     model = make(name)
-    calibrate(model, batch_size=2, num_runs=1, num_warmup_runs=0, num_verified=0)
+    calibrate(model, batch_sizes=[2], num_runs=1, num_warmup_runs=0, num_verified=0)
     for stitch in model.stitches:
         alone = model.extract(stitch.id)
         weights = sum(tensor.nbytes for tensor in [*alone.parameters(), *alone.buffers()])
@@ -62,7 +63,7 @@ def test_memory_is_the_weights_of_the_stitch_and_what_lives_beside_them(name: st
             assert beside >= images(name).nbytes - 501  # memory_mb is rounded to 1000 bytes
         assert beside < 60 * images(name).nbytes
     larger = {stitch.id: stitch.memory_mb for stitch in model.stitches}
-    calibrate(model, batch_size=8, num_runs=1, num_warmup_runs=0, num_verified=0)
+    calibrate(model, batch_sizes=[8], num_runs=1, num_warmup_runs=0, num_verified=0)
     assert all(stitch.memory_mb > larger[stitch.id] for stitch in model.stitches)
 
 
@@ -75,7 +76,7 @@ def test_the_peak_of_a_block_counts_what_is_alive_at_once(monkeypatch) -> None:
 
     model = make("vit")
     monkeypatch.setattr(model.anchors[0].blocks[1], "forward", forward)
-    calibrate(model, batch_size=4, num_runs=1, num_warmup_runs=0, num_verified=0)
+    calibrate(model, batch_sizes=[4], num_runs=1, num_warmup_runs=0, num_verified=0)
     alone = model.extract(0)
     weights = sum(tensor.nbytes for tensor in [*alone.parameters(), *alone.buffers()])
     features = 4 * 17 * 8 * 4  # batch, tokens, width, bytes
@@ -113,7 +114,58 @@ def test_calibrated_figures_are_budgets_and_are_saved(tmp_path) -> None:
     assert saved.stitches == model.config.stitches
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"num_runs": 0}, {"num_warmup_runs": -1}, {"num_verified": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"batch_sizes": [0]}, {"num_runs": 0}, {"num_warmup_runs": -1}, {"num_verified": -1}]
+)
 def test_numbers_that_are_too_small_are_refused(wrong) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         calibrate(make("vit"), **wrong)
+
+
+@pytest.mark.parametrize("sizes", [[], [2, 2]])
+def test_batch_sizes_are_different(sizes) -> None:
+    with pytest.raises(ValueError, match="batch_sizes must be different numbers of images, at least one"):
+        calibrate(make("vit"), batch_sizes=sizes)
+
+
+def test_latency_as_a_function_of_the_batch(tmp_path) -> None:
+    class SlowByBatch(Slow):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(self.seconds * (1 + 0.5 * len(x)))
+            return self.module(x)
+
+    model = make("vit")
+    block = model.anchors[1].blocks[2]  # the last one, which all stitches that end in this anchor run
+    model.anchors[1].blocks[2] = SlowByBatch(block, 0.02)
+    result = calibrate(model, batch_sizes=[2, 1, 6], num_runs=2, num_warmup_runs=0, num_verified=0)
+    lines = result["by_batch"]["milliseconds"]
+    assert result["by_batch"]["batch_sizes"] == [2, 1, 6]
+    assert result["batch_size"] == 2
+    assert list(lines) == [str(stitch.id) for stitch in model.stitches]
+    for stitch in model.stitches:
+        a, b = lines[str(stitch.id)]
+        assert a >= 0
+        assert b >= 0
+        if stitch.route[-1].anchor == 1:
+            # 20 and 10 by the sleep, and what the rest takes; a machine in a hurry makes both longer, not shorter.
+            assert a + 2 * b == pytest.approx(stitch.latency_ms, rel=0.3)
+            assert (a + 6 * b) / (a + b) == pytest.approx(80 / 30, rel=0.4)
+    model.config.save_pretrained(tmp_path)
+    assert type(model.config).from_pretrained(tmp_path).latency == result
+    assert "by_batch" not in calibrate(model, num_runs=1, num_warmup_runs=0, num_verified=0)
+
+
+def test_lines_are_those_of_weighted_least_squares() -> None:
+    exact = {size: {7: 3 + 0.5 * size, 9: 2.0 * size} for size in (1, 4, 16)}
+    assert _fit_lines(exact) == {
+        "batch_sizes": [1, 4, 16],
+        "milliseconds": {"7": [3.0, 0.5], "9": [0.0, 2.0]},
+        "max_error": 0.0,
+    }
+    bent = _fit_lines({1: {0: 1.0}, 2: {0: 3.0}})  # the line through both would begin below zero
+    a, b = bent["milliseconds"]["0"]
+    # The relative error of b n at 1 and 2 is least where d/db ((b - 1)^2 + (2 b / 3 - 1)^2) = 0.
+    assert (a, b) == (0.0, pytest.approx((1 + 2 / 3) / (1 + 4 / 9), abs=1e-4))
+    assert bent["max_error"] == pytest.approx(max(b - 1, 1 - 2 * b / 3), abs=1e-3)
+    falling = _fit_lines({1: {0: 3.0}, 2: {0: 1.0}})["milliseconds"]["0"]
+    assert falling[1] == 0.0

@@ -1,11 +1,12 @@
 """Latency and memory of every stitch, predicted: each block of each anchor is timed once, and routes are added up."""
 
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,7 @@ from stitchable.timing import Clock, describe_device, measure_latencies, random_
 def calibrate(
     model: StitchablePreTrainedModel,
     *,
-    batch_size: int = 1,
+    batch_sizes: Sequence[int] = (1,),
     num_runs: int = 20,
     num_warmup_runs: int = 3,
     num_verified: int = 5,
@@ -35,54 +36,87 @@ def calibrate(
 
     `latency_ms` (milliseconds per call) and `memory_mb` (10^6 bytes: the weights of the stitch alone, and the largest
     sum of tensors alive at a time, without what kernels use inside) go into the stitch table; what they hold for, and
-    the errors, into `config.latency`.
+    the errors, into `config.latency`. Of several batch sizes, a line is fitted to the latencies of each stitch, for
+    whoever has to choose the batch too: a call with n images takes a + b n milliseconds.
 
     Args:
         model: as it will run: device, data type, number of threads, compiled blocks or not.
-        batch_size: images per call.
+        batch_sizes: images per call; `latency_ms`, `memory_mb` and the errors are those of the first.
         num_runs: timed rounds, of which the median is taken.
         num_warmup_runs: rounds before them that are not timed.
         num_verified: stitches that are measured as a whole, evenly over the FLOPs.
 
     Returns:
-        What `config.latency` holds: "device", "threads", "dtype", "torch", "batch_size", "compiled", "num_runs",
-        "median_error" and "max_error" (parts of the measured latency), "verified" {id: [predicted, measured] in ms}.
+        What `config.latency` holds: "device", "threads", "dtype", "torch", "batch_size" (the first), "compiled",
+        "num_runs", "median_error" and "max_error" (parts of the measured latency), "verified" {id: [predicted,
+        measured] in ms}; of several batch sizes also "by_batch": {"batch_sizes": [...], "milliseconds": {id: [a, b]},
+        "max_error": how far a line is from a latency that it was fitted to, as a part of this}.
 
     Raises:
-        ValueError: a number that is too small.
+        ValueError: a number that is too small, no batch size, or one twice.
     """
-    if min(batch_size, num_runs) < 1 or min(num_warmup_runs, num_verified) < 0:
+    if min(*batch_sizes, 1, num_runs) < 1 or min(num_warmup_runs, num_verified) < 0:
         raise ValueError(
-            "batch_size and num_runs must be at least 1, num_warmup_runs and num_verified at least 0, got "
-            f"{batch_size}, {num_runs}, {num_warmup_runs} and {num_verified}"
+            "batch_sizes and num_runs must be at least 1, num_warmup_runs and num_verified at least 0, got "
+            f"{list(batch_sizes)}, {num_runs}, {num_warmup_runs} and {num_verified}"
         )
+    if not batch_sizes or len(set(batch_sizes)) < len(batch_sizes):
+        raise ValueError(f"batch_sizes must be different numbers of images, at least one, got {list(batch_sizes)}")
+    latencies: dict[int, dict[int, float]] = {}  # of a batch size, milliseconds by stitch
     with torch.inference_mode(), evaluation_mode(model):
-        parts = _Parts(model, batch_size)
-        parts.time(num_runs, num_warmup_runs)
-        parts.watch()
-    for stitch in model.stitches:
-        steps = model.steps(stitch.id)
-        latency = parts.seconds_of_call + sum(parts.seconds[step] for step in steps)
-        memory = max(parts.activations[step] for step in steps) + sum(parts.weights[step] for step in set(steps))
-        model.record(stitch.id, latency_ms=round(1e3 * latency, 4), memory_mb=round(memory / 1e6, 3))
-    chosen = _spread([stitch for stitch in model.stitches if not stitch.is_anchor], num_verified)
-    measured = measure_latencies(model, [stitch.id for stitch in chosen], batch_size=batch_size, num_runs=num_runs)
+        for batch_size in batch_sizes:
+            parts = _Parts(model, batch_size)
+            parts.time(num_runs, num_warmup_runs)
+            latencies[batch_size] = {stitch.id: parts.milliseconds_of(stitch.id) for stitch in model.stitches}
+            if batch_size == batch_sizes[0]:
+                parts.watch()
+                memories = {stitch.id: parts.megabytes_of(stitch.id) for stitch in model.stitches}
+    first = latencies[batch_sizes[0]]
+    for stitch_id, latency in first.items():
+        model.record(stitch_id, latency_ms=round(latency, 4), memory_mb=round(memories[stitch_id], 3))
+    model.config.latency = {
+        **describe_device(model),
+        "batch_size": batch_sizes[0],
+        "compiled": any(getattr(module, "_compiled_call_impl", None) for module in model.modules()),
+        "num_runs": num_runs,
+        **_verify(model, batch_sizes[0], num_runs, num_verified),
+        **({"by_batch": _fit_lines(latencies)} if len(batch_sizes) > 1 else {}),
+    }
+    return model.config.latency
+
+
+def _verify(model: StitchablePreTrainedModel, batch_size: int, num_runs: int, number: int) -> dict[str, Any]:
+    """Measure some stitches as a whole, and tell how far the predictions in the table are from that."""
+    chosen = [stitch.id for stitch in _spread([stitch for stitch in model.stitches if not stitch.is_anchor], number)]
+    measured = measure_latencies(model, chosen, batch_size=batch_size, num_runs=num_runs)
     verified = {
         str(stitch.id): [stitch.latency_ms or 0.0, round(1e3 * measured[stitch.id], 4)]
         for stitch in model.stitches
         if stitch.id in measured
     }
     errors = [abs(predicted / actual - 1) for predicted, actual in verified.values()]
-    model.config.latency = {
-        **describe_device(model),
-        "batch_size": batch_size,
-        "compiled": any(getattr(module, "_compiled_call_impl", None) for module in model.modules()),
-        "num_runs": num_runs,
+    return {
         "median_error": round(statistics.median(errors), 4) if errors else None,
         "max_error": round(max(errors), 4) if errors else None,
         "verified": verified,
     }
-    return model.config.latency
+
+
+def _fit_lines(latencies: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
+    """Lines a + b n through the milliseconds of each stitch, by least squares of the relative errors."""
+    sizes = np.array(list(latencies), dtype=np.float64)
+    lines, errors = {}, []
+    for stitch_id in latencies[next(iter(latencies))]:
+        milliseconds = np.array([latency[stitch_id] for latency in latencies.values()])
+        design = np.stack([np.ones_like(sizes), sizes], axis=1) / milliseconds[:, None]
+        a, b = np.linalg.lstsq(design, np.ones_like(sizes), rcond=None)[0]
+        if a < 0 or b < 0:  # by noise: of the two lines with one of them zero, the better
+            alone = [design[:, [column]] for column in (0, 1)]
+            fits = [np.linalg.lstsq(each, np.ones_like(sizes), rcond=None) for each in alone]
+            a, b = (fits[0][0][0], 0.0) if fits[0][1][0] < fits[1][1][0] else (0.0, fits[1][0][0])
+        lines[str(stitch_id)] = [round(float(a), 4), round(float(b), 4)]
+        errors.append(np.abs((a + b * sizes) / milliseconds - 1).max())
+    return {"batch_sizes": list(latencies), "milliseconds": lines, "max_error": round(float(max(errors)), 4)}
 
 
 @dataclass(frozen=True)
@@ -122,6 +156,16 @@ class _Parts:
             for joint in joints
         }
         self.weights = self._weigh()
+
+    def milliseconds_of(self, stitch_id: int) -> float:
+        """Of a call of a stitch, once `time` has run."""
+        return 1e3 * (self.seconds_of_call + sum(self.seconds[step] for step in self.model.steps(stitch_id)))
+
+    def megabytes_of(self, stitch_id: int) -> float:
+        """Peak of memory of a call of a stitch, once `watch` has run."""
+        steps = self.model.steps(stitch_id)
+        weights = sum(self.weights[step] for step in set(steps))
+        return (max(self.activations[step] for step in steps) + weights) / 1e6
 
     def time(self, num_runs: int, num_warmup_runs: int) -> None:
         """Fill `seconds` and `seconds_of_call`, by medians over rounds through everything."""

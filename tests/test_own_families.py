@@ -21,6 +21,7 @@ from stitchable import (
 from stitchable.costs import count_flops
 from stitchable.families import registry
 from stitchable.families.registry import run_modules
+from stitchable.model.architectures import OWN_CLASSES
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_family" / "digit_mixer.py"
 REGISTER = EXAMPLE.with_name("register_digit_mixer.py")
@@ -149,6 +150,19 @@ def test_files_that_do_not_import_are_named(tmp_path: Path) -> None:
             run_modules([str(tmp_path / "broken_family.py")])
 
 
+@torch.no_grad()
+def test_your_own_modules_in_hand_are_anchors() -> None:
+    modules = [randomise(registry.create_model(name, num_classes=7), seed) for seed, name in enumerate(NAMES)]
+    anchors = [{"architecture": name, "module": module} for name, module in zip(NAMES, modules, strict=True)]
+    model = stitchable.from_anchors(anchors).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert model.config.num_labels == 7
+    for index, module in enumerate(modules):
+        assert torch.equal(model(x, stitch_id=index).logits, module.eval()(x))
+    with pytest.raises(ValueError, match="nobody knows the architecture of this Net"):
+        stitchable.from_anchors([Net(), *anchors])
+
+
 def test_weights_come_from_a_file_and_a_classifier_of_other_classes_is_new(tmp_path: Path) -> None:
     files = {}
     for name in NAMES:
@@ -199,10 +213,14 @@ def test_weights_come_from_a_file_and_a_classifier_of_other_classes_is_new(tmp_p
         (adapter(), {"in_chans": 1}, r"Net cannot take images \(2, 3, 8, 8\)"),
     ],
 )
-def test_what_is_no_chain_is_refused_at_registration(described: Adapter, kwargs: dict, message: str) -> None:
+def test_what_is_no_chain_is_refused_at_registration(
+    described: Adapter, kwargs: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(OWN_CLASSES, f"{Path(__file__).stem}.Net", raising=False)
+    before = [dict(table) for table in (OWN_CLASSES, registry._OWN, registry._REGISTERED)]
     with pytest.raises(ValueError, match=message):
         register(described, **kwargs)
-    assert "net_s" not in registry.own_architectures()
+    assert before == [OWN_CLASSES, registry._OWN, registry._REGISTERED]
 
 
 class TokenNet(nn.Module):
@@ -289,8 +307,10 @@ def test_bad_registrations_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             adapter(**parts)
-    with pytest.raises(ValueError, match="'resnet18' is a ResNet, not a Net"):
-        register_anchor(Net, adapter(), example="resnet18")
+    before = dict(OWN_CLASSES)
+    with pytest.raises(ValueError, match="'resnet18' is a ResNet, not a Unknown"):
+        register_anchor(type("Unknown", (Net,), {"__module__": __name__}), adapter(), example="resnet18")
+    assert before == OWN_CLASSES
     with pytest.raises(ValueError, match=r"no model 'digit_mixer_l'; the nearest are digit_mixer_"):
         stitchable.make_config(["digit_mixer_s", "digit_mixer_l"])
 

@@ -1,9 +1,10 @@
 """The page of `stitchable app`, which is the example Space: examples/space, which a wheel carries too."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+
+from stitchable.importing import import_file
 
 
 def load_page() -> ModuleType:
@@ -13,14 +14,7 @@ def load_page() -> ModuleType:
         ModuleNotFoundError: gradio is not installed.
     """
     name = "stitchable_page"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, space_folder() / "app.py")
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{space_folder()} has no app.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
-    return sys.modules[name]
+    return sys.modules[name] if name in sys.modules else import_file(name, space_folder() / "app.py")
 
 
 def space_folder() -> Path:

@@ -3,8 +3,8 @@
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from transformers.utils import logging
 from stitchable.families.adapter import Adapter, Description
 from stitchable.families.adapters import ADAPTERS, REFUSED
 from stitchable.families.checks import check_chain
+from stitchable.importing import import_file
 from stitchable.model import operations
 from stitchable.model.architectures import OWN_CLASSES
 from stitchable.model.architectures import create_model as create_known_model
@@ -91,8 +92,9 @@ def register_anchor(
     The registration holds for this process. A checkpoint of such models brings the file of the class along, which must
     import nothing of stitchable, so this call belongs into another file.
     """
-    _make_known(model_class)
-    _register(model_class, adapter, [example])
+    with _all_or_nothing():
+        _make_known(model_class)
+        _register(model_class, adapter, [example])
 
 
 def register_family(
@@ -105,7 +107,7 @@ def register_family(
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
 ) -> None:
-    """Make modules of one's own stitchable, which need to know nothing of timm.
+    """Make your own modules stitchable, which need to know nothing of timm.
 
     Args:
         model_class: a module whose constructor takes `num_classes` (and `img_size`, if it must know the size of its
@@ -150,16 +152,10 @@ def register_family(
         "classifier": adapter.head[-1],
         "fixed_input_size": "img_size" in inspect.signature(model_class).parameters,
     }
-    _make_known(model_class)
-    new = {name: _Own(model_class, dict(kwargs), cfg) for name, kwargs in architectures.items()}
-    before = dict(_OWN)
-    _OWN.update(new)
-    try:
+    with _all_or_nothing():
+        _make_known(model_class)
+        _OWN.update({name: _Own(model_class, dict(kwargs), cfg) for name, kwargs in architectures.items()})
         _register(model_class, adapter, list(architectures))
-    except BaseException:
-        _OWN.clear()
-        _OWN.update(before)
-        raise
 
 
 class _Own(NamedTuple):
@@ -207,6 +203,20 @@ def class_reference(model_class: type[nn.Module]) -> str | None:
         return None
     file = getattr(sys.modules.get(module), "__file__", None)
     return f"{Path(file).stem if file else module.split('.')[-1]}.{model_class.__name__}"
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[None]:
+    """Leave every table as it was where a registration is refused."""
+    tables: tuple[dict[Any, Any], ...] = (_OWN, _REGISTERED, OWN_CLASSES)
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    except BaseException:
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)
+        raise
 
 
 def _make_known(model_class: type[nn.Module]) -> None:
@@ -280,16 +290,7 @@ def run_modules(paths: Sequence[str]) -> None:
             if Path(getattr(sys.modules[path.stem], "__file__", None) or "").resolve() == path.resolve():
                 continue
             raise ValueError(f"modules: there is a module {path.stem} already, give {path} another name")
-        spec = spec_from_file_location(path.stem, path)
-        assert spec
-        assert spec.loader
-        # timm's register_model looks its module up.
-        sys.modules[path.stem] = module = module_from_spec(spec)
         folder = str(path.resolve().parent)
         if folder not in sys.path:
             sys.path.append(folder)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[path.stem]
-            raise
+        import_file(path.stem, path)

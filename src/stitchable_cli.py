@@ -60,6 +60,10 @@ def build(
     split: Annotated[str | None, typer.Option(help="Of these images.")] = None,
     image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "image",
     num_samples: Annotated[int, typer.Option(help="Images to fit on.")] = 100,
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(help="Checkpoint file of an anchor, instead of timm's weights; once for each anchor, in order."),
+    ] = None,
     pretrained: Annotated[bool, typer.Option(help="Load timm's weights from the Hub.")] = True,
     kernel_size: Annotated[int, typer.Option(help="Of the window of positions that share a stitching layer.")] = 2,
     stride: Annotated[int, typer.Option(help="Of that window.")] = 1,
@@ -81,8 +85,11 @@ def build(
 
     check_new_folder(output)
     run_modules([str(path) for path in module or ()])
+    if weights and len(weights) != len(anchors):
+        raise ValueError(f"--weights is given once for each anchor: {len(anchors)} anchors, {len(weights)} files")
+    files = [{"architecture": name, "weights": file} for name, file in zip(anchors, weights or (), strict=False)]
     model = stitchable.from_anchors(
-        anchors,
+        files or anchors,
         pretrained=pretrained,
         kernel_size=kernel_size,
         stride=stride,

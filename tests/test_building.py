@@ -12,6 +12,7 @@ from torch import nn
 import stitchable
 from families import FAMILIES, make, randomise
 from stitchable import StitchableConfig, StitchableForImageClassification
+from stitchable.anchors import _architecture_of
 
 DEIT = ["deit_base_patch16_224", "deit_tiny_patch16_224", "deit_small_patch16_224"]
 
@@ -66,8 +67,8 @@ def test_an_image_size_reaches_architectures_that_fix_it() -> None:
         ([DEIT[0], "vit_small_patch16_224"], {}, "differ in image_mean"),
         ([vit(), vit(in_chans=1)], {}, "differ in in_chans"),
         ([vit(num_classes=7), vit()], {}, "cannot hold .*num_classes.*num_labels"),
-        ([{"name": "resnet18"}, "resnet50"], {}, "a timm name or"),
-        ([{"architecture": "resnet18", "weight": "a.pth"}, "resnet50"], {}, "a timm name or .*'weights'"),
+        ([{"name": "resnet18"}, "resnet50"], {}, "a timm name, a module, or"),
+        ([{"architecture": "resnet18", "weight": "a.pth"}, "resnet50"], {}, "a timm name, a module, or .*'weights'"),
         (["resnet18", "resnet50"], {"stages": [9]}, "distinct numbers"),
         ([vit(), vit(embed_dim=16)], {"pairs": "forward", "kernel_size": 1}, "no stitch"),
         ([vit(img_size=32), vit(img_size=32)], {"image_size": 64}, "cannot take images of 3x64x64"),
@@ -231,3 +232,79 @@ def test_weights_need_pretrained(tmp_path) -> None:
         with pytest.raises(ValueError, match=r"anchor 'resnet18' has weights=.*pretrained=False"):
             make_it(resnet(tmp_path / "a.pth"), resnet(None), pretrained=False)
     assert from_files(resnet(None), resnet(None, channels=[12] * 4), pretrained=False, num_labels=2)
+
+
+def in_hand(width: int, num_classes: int = 4, name: str = "resnet18") -> dict:
+    """A module with random weights, and what makes it."""
+    kwargs = {"channels": [width] * 4}
+    module = randomise(timm.create_model(name, num_classes=num_classes, **kwargs), seed=width).eval()
+    return {"architecture": name, "kwargs": kwargs, "module": module}
+
+
+@torch.no_grad()
+def test_modules_in_hand_are_copied(tmp_path) -> None:
+    small, large = in_hand(8), in_hand(12)
+    del small["architecture"]  # timm's modules know theirs
+    model = from_files(large, small)
+    x = torch.randn(2, 3, 32, 32)
+    expected = [anchor["module"](x) for anchor in (small, large)]
+    for index, logits in enumerate(expected):
+        assert torch.equal(model(x, stitch_id=index).logits, logits)
+    assert model.config.num_labels == 4
+    # They may be anything by now, so no place is named where their weights come from.
+    assert [anchor["pretrained"] for anchor in model.config.anchors] == [None, None]
+    model.anchors[0].conv1.weight.zero_()
+    assert torch.equal(small["module"](x), expected[0])
+    model = from_files(small, large)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(StitchableForImageClassification.from_pretrained(tmp_path)(x, stitch_id=1).logits, expected[1])
+
+
+@torch.no_grad()
+def test_modules_without_further_arguments_stand_for_themselves() -> None:
+    modules = [randomise(timm.create_model(name)).eval() for name in ("test_vit2", "test_vit")]
+    model = stitchable.from_anchors(modules)
+    x = torch.randn(2, 3, 160, 160)
+    for index, module in enumerate((modules[1], modules[0])):
+        assert torch.equal(model.eval()(x, stitch_id=index).logits, module(x))
+    assert [anchor["architecture"] for anchor in model.config.anchors] == ["test_vit", "test_vit2"]
+
+
+@torch.no_grad()
+def test_modules_of_other_classes_get_new_classifiers() -> None:
+    small, large = in_hand(8), in_hand(12, num_classes=6)
+    with pytest.raises(ValueError, match="differ in num_labels: resnet18 4, resnet18 6"):
+        from_files(small, large)
+    model = from_files(small, large, num_labels=6)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.anchors[0].forward_features(x), small["module"].forward_features(x))
+    assert torch.equal(model(x, stitch_id=1).logits, large["module"](x))
+    assert model(x, stitch_id=0).logits.shape == (2, 6)
+
+
+def test_a_module_knows_which_of_timms_weights_it_has() -> None:
+    modules = [timm.create_model("vit_base_patch16_224.mae", depth=2), timm.create_model("vit_base_patch16_224")]
+    assert [_architecture_of(module) for module in modules] == ["vit_base_patch16_224.mae", "vit_base_patch16_224"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"module": nn.Linear(2, 2)}, "nobody knows the architecture of this Linear"),
+        ({"module": nn.Linear(2, 2), "architecture": "resnet18"}, "is no 'resnet18' with kwargs .*conv1.weight has no"),
+        ({"module": in_hand(8)["module"]}, r"conv1.weight has the shape \(8, 64, .*\) in the module, the shape \(64,"),
+        ({**in_hand(8), "kwargs": {"channels": [12] * 4}}, r"is no 'resnet18' with kwargs .*give what"),
+        ({**in_hand(8), "weights": "a.pth"}, "'weights' or 'module'"),
+        ({**in_hand(8), "module": "a.pth"}, "the module of an anchor is a torch.nn.Module, got str"),
+    ],
+)
+def test_modules_that_are_something_else_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_files(in_hand(12), change)
+    with pytest.raises(ValueError, match=message):
+        stitchable.make_config([in_hand(12), change], pretrained=True, image_size=32)
+
+
+def test_modules_need_pretrained() -> None:
+    with pytest.raises(ValueError, match="anchor 'resnet18' has a module with weights, but pretrained=False"):
+        from_files(in_hand(8), in_hand(12), pretrained=False)

@@ -8,13 +8,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from click.testing import Result
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from families import images, make
+from families import images, make, randomise
 from processes import run_python
 from stitchable import StitchableConfig, StitchableForImageClassification, initialize_stitches
 from stitchable.card import Card
@@ -56,6 +58,31 @@ def pictures(tmp_path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype="uint8")).save(path)
     return tmp_path / "pictures"
+
+
+def test_build_takes_your_own_weights(tmp_path) -> None:
+    x, paths, expected = torch.randn(2, 3, 64, 64), [], []
+    for name in ("resnet14t", "resnet10t"):
+        module = randomise(timm.create_model(name, num_classes=5)).eval()
+        save_file(module.state_dict(), tmp_path / f"{name}.safetensors")
+        paths += ["--weights", tmp_path / f"{name}.safetensors"]
+        expected.append(module(x))
+    space = ["--image-size", 64, "--pairs", "all", "--stages", "0"]
+    names = ["resnet14t", "resnet10t"]
+    run("build", *names, *paths, *space, "-o", tmp_path / "new")
+    model = StitchableForImageClassification.from_pretrained(tmp_path / "new").eval()
+    assert [anchor["pretrained"] for anchor in model.config.anchors] == [
+        "resnet10t.safetensors",
+        "resnet14t.safetensors",
+    ]
+    for index, logits in enumerate(reversed(expected)):
+        assert torch.equal(model(x, stitch_id=index).logits, logits)
+    for wrong, message in (
+        (paths[:2], "2 anchors, 1 files"),
+        ([*paths[:2], "--weights", "no"], "there is none at 'no'"),
+    ):
+        result = run("build", *names, *wrong, *space, "-o", tmp_path / "other", fails=True)
+        assert message in result.stderr
 
 
 def test_build_fits_a_family_on_images(tmp_path, pictures) -> None:

@@ -365,7 +365,7 @@ def push(
     message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "Upload a stitchable model",
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
 ) -> None:
-    """Publish a folder as one commit: weights, code, image processor, stitch table, card and figure."""
+    """Publish a folder as one commit: weights, config, code, image processor, card and figure."""
     from stitchable.publishing import push_folder
 
     info = push_folder(

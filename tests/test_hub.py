@@ -15,7 +15,7 @@ from processes import run_python
 TESTS = Path(__file__).parent
 REPO = "someone/tiny"
 FILES = {
-    *(".gitattributes", "README.md", "accuracy_flops.png", "sample.png", "stitches.json"),
+    *(".gitattributes", "README.md", "accuracy_flops.png", "sample.png"),
     *SHIPPED,
     *("config.json", "preprocessor_config.json", "model.safetensors.index.json"),
     *("model-anchor-0.safetensors", "model-anchor-1.safetensors", "model-stitching-layers.safetensors"),

@@ -276,7 +276,7 @@ def test_foreign_code_is_not_published_by_accident(case: str, folder: Path) -> N
 
 @pytest.mark.parametrize("text", [b"{", b"[" * 10**5, b"", b"\xff{}"])
 def test_json_that_cannot_be_read_is_not_published(text: bytes, folder: Path) -> None:
-    for name in ("processor_config.json", "stitches.json", "config.json"):
+    for name in ("processor_config.json", "config.json"):
         (folder / name).write_bytes(text)
         with pytest.raises(ValueError, match=f"{re.escape(name)} would be published, but is no JSON"):
             push_folder(folder, "someone/tiny")
@@ -336,7 +336,7 @@ def test_nothing_is_written_outside_a_folder(command: str, folder: Path, tmp_pat
     folder = cached(folder)
     victims = tmp_path / "victims"
     victims.mkdir()
-    for name in ("README.md", "stitches.json", "accuracy_flops.png"):
+    for name in ("README.md", "accuracy_flops.png"):
         (victims / name).write_text("mine", encoding="utf-8")
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(victims / name)
@@ -345,7 +345,7 @@ def test_nothing_is_written_outside_a_folder(command: str, folder: Path, tmp_pat
     blobs = {path: path.read_bytes() for path in (folder / "../../blobs").iterdir()}
     run(command, folder, *arguments)
     assert {path: path.read_bytes() for path in (folder / "../../blobs").iterdir()} == blobs
-    assert {path.name for path in victims.iterdir()} == {"README.md", "stitches.json", "accuracy_flops.png"}
+    assert {path.name for path in victims.iterdir()} == {"README.md", "accuracy_flops.png"}
     assert {path.read_text(encoding="utf-8") for path in victims.iterdir()} == {"mine"}
     assert "mine" not in ModelCard.load(folder / "README.md").text.splitlines()
     assert not any(path.name.startswith(".stitchable") for path in folder.iterdir())
@@ -705,7 +705,6 @@ def test_no_figure_is_infinite(value: float, folder: Path) -> None:
     assert config.stitches[3].keys() == {"id", "route", "layers"}
     run("calibrate", folder, "--num-runs", 1)
     strict((folder / "config.json").read_text(encoding="utf-8"))
-    strict((folder / "stitches.json").read_text(encoding="utf-8"))
     with pytest.raises(OfflineModeIsEnabled):
         push_folder(folder, "someone/tiny")
 

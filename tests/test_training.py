@@ -156,7 +156,7 @@ def test_the_main_job_from_anchors_to_predictions(tmp_path, capsys) -> None:
     output = tmp_path / "run"
     result = train(f"output={output}", *QUICK, launcher=ONE)
     assert result.returncode == 0, result.stderr
-    table = json.loads((output / "stitches.json").read_text(encoding="utf-8"))["stitches"]
+    table = json.loads((output / "config.json").read_text(encoding="utf-8"))["stitches"]
     assert len(table) == 35
     names = {"accuracy", "top5_accuracy", "loss", "images_per_second"}
     assert all(set(stitch["metrics"]) == names for stitch in table)
@@ -174,7 +174,7 @@ def test_the_main_job_from_anchors_to_predictions(tmp_path, capsys) -> None:
 
     with pytest.raises(ValueError, match="already holds something"):
         run(load_recipe(DIGITS, [f"output={output}", *QUICK]))
-    assert json.loads((output / "stitches.json").read_text(encoding="utf-8"))["stitches"] == table
+    assert json.loads((output / "config.json").read_text(encoding="utf-8"))["stitches"] == table
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch) -> None:
     """A run that was killed after its last evaluation publishes the same figures without another one."""
     recipe = load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *TINY])
     run(recipe)
-    table = (tmp_path / "run" / "stitches.json").read_text(encoding="utf-8")
+    table = (tmp_path / "run" / "config.json").read_text(encoding="utf-8")
     shutil.rmtree(tmp_path / "run")
     _fresh()
     evaluated = []
@@ -488,7 +488,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch) -> None:
     )
     run(recipe, resume=True)
     assert not evaluated
-    assert (tmp_path / "run" / "stitches.json").read_text(encoding="utf-8") == table
+    assert (tmp_path / "run" / "config.json").read_text(encoding="utf-8") == table
 
 
 def test_an_unfinished_checkpoint_is_none(tmp_path) -> None:
@@ -519,7 +519,7 @@ def test_the_digits_curve_is_real(tmp_path) -> None:
     """Most Ti-S stitches lie between their anchors, and the joint training does not ruin the anchors."""
     result = train(f"output={tmp_path / 'run'}", launcher=ONE)
     assert result.returncode == 0, result.stderr
-    table = json.loads((tmp_path / "run" / "stitches.json").read_text(encoding="utf-8"))["stitches"]
+    table = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["stitches"]
     accuracy = {stitch["id"]: stitch["metrics"]["accuracy"] for stitch in table}
     between = [accuracy[0] <= accuracy[stitch["id"]] <= accuracy[1] for stitch in table if _anchors(stitch) == [0, 1]]
     assert sum(between) > len(between) / 2

@@ -210,7 +210,7 @@ class Runner:
         """One `train.py`, its output in a log beside it, going on where an interrupted one was; returns the command."""
         settings = [*self.overrides, *self.study.settings, *overrides, f"output={output}"]
         command = ["training/train.py", "--recipe", self.study.recipe, *settings]
-        if (output / "stitches.json").exists():
+        if (output / "config.json").exists():
             return " ".join(["python", *command])
         resume = ["--resume"] if (Path(f"{output}-run") / "recipe.yaml").exists() else []
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ class Runner:
 
 def read_results(output: Path) -> dict[str, Any]:
     """Routes, FLOPs, and accuracies before, after the initialisation, and after the training, by stitch id."""
-    table = json.loads((output / "stitches.json").read_text(encoding="utf-8"))["stitches"]
+    table = json.loads((output / "config.json").read_text(encoding="utf-8"))["stitches"]
     stages = json.loads((Path(f"{output}-run") / "results.json").read_text(encoding="utf-8"))
     accuracies = {
         stage: {i: round(metrics["accuracy"], 6) for i, metrics in measured.items()}

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
+from stitchable import tables
 from stitchable.building import from_anchors, make_config
 from stitchable.costs import update_costs
 from stitchable.evaluation import evaluate
@@ -30,6 +31,9 @@ StitchableModel.register_for_auto_class("AutoModel")
 StitchableForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 # What a model can do that needs the package, which does not travel.
 StitchablePreTrainedModel.push_to_hub = push_model  # type: ignore[assignment,method-assign]
+StitchablePreTrainedModel.table = tables.table  # type: ignore[attr-defined]
+StitchablePreTrainedModel.plot = tables.plot  # type: ignore[attr-defined]
+StitchablePreTrainedModel.__repr__ = tables.in_short  # type: ignore[assignment,method-assign]
 
 __all__ = [
     "Adapter",

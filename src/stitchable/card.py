@@ -4,7 +4,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,8 @@ from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, Stitch
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
 from stitchable.model.preprocessing import load_image_processor
 from stitchable.model.routes import Stitch, best_within, pareto_front
-from stitchable.plots import flops_unit, route_in_words
+from stitchable.plots import flops_unit
+from stitchable.tables import frame_of, short_names
 
 CARD = "README.md"
 FIGURE = "accuracy_flops.png"
@@ -283,35 +284,25 @@ def eval_results_files(stitches: Sequence[Stitch], dataset: str) -> dict[str, st
 
 def stitch_table(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> str:
     """A Markdown table: id, route, FLOPs, parameters, and what was measured or predicted of any of the stitches."""
+    frame = frame_of(stitches, anchor_names)
     unit, divisor = flops_unit(max((stitch.flops or 0 for stitch in stitches), default=0))
-    columns: dict[str, list[str]] = {
-        "id": [str(stitch.id) for stitch in stitches],
-        "route": [in_markdown(route_in_words(stitch, anchor_names)) for stitch in stitches],
-        unit: [f"{(stitch.flops or 0) / divisor:.3f}" for stitch in stitches],
-        "params": [_shown(stitch.params, 1, ",.0f") for stitch in stitches],
-        "accuracy": [_shown(stitch.metrics.get("accuracy"), 100, ".2f", " %") for stitch in stitches],
-        "images/s": [_shown(stitch.metrics.get("images_per_second"), 1, ",.0f") for stitch in stitches],
-        "ms": [_shown(stitch.latency_ms, 1, ".2f") for stitch in stitches],
-        "MB": [_shown(stitch.memory_mb, 1, ".1f") for stitch in stitches],
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "route": ("route", in_markdown),
+        "flops": (unit, lambda flops: f"{flops / divisor:.3f}"),
+        "params": ("params", "{:,.0f}".format),
+        "accuracy": ("accuracy", lambda accuracy: f"{100 * accuracy:.2f} %"),
+        "images_per_second": ("images/s", "{:,.0f}".format),
+        "latency_ms": ("ms", "{:.2f}".format),
+        "memory_mb": ("MB", "{:.1f}".format),
     }
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    columns = {"id": [str(stitch_id) for stitch_id in frame.index]} | {
+        title: frame[name].map(form, na_action="ignore").fillna("").tolist()
+        for name, (title, form) in shown.items()
+        if name in frame
+    }
     rules = [":---" if name == "route" else "---:" for name in columns]
     rows = [list(columns), rules, *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _shown(figure: float | None, factor: float, form: str, unit: str = "") -> str:
-    return "" if figure is None else f"{figure * factor:{form}}{unit}"
-
-
-def short_names(config: StitchableConfig) -> list[str]:
-    """A name per anchor: its architecture, with its width or place where several share it."""
-    architectures = [entry["architecture"] for entry in config.anchors]
-    if len(set(architectures)) == len(architectures):
-        return architectures
-    widths = [entry["cuts"][-1][0] for entry in config.anchors]
-    labels = widths if len(set(widths)) == len(widths) else range(len(widths))
-    return [f"{architecture.split('_')[0]}-{label}" for architecture, label in zip(architectures, labels, strict=True)]
 
 
 def _eval_result(stitch: Stitch, dataset: str) -> EvalResult:

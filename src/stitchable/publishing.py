@@ -27,7 +27,6 @@ from stitchable.card import (
     is_plain,
     make_card,
     merge_cards,
-    short_names,
     what_it_prints,
 )
 from stitchable.model import modeling_stitchable
@@ -36,10 +35,9 @@ from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, Stitch
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.model.preprocessing import load_image_processor
 from stitchable.model.shards import WEIGHTS
-from stitchable.plots import plot_stitches
 from stitchable.processing import image_processor
+from stitchable.tables import plot
 
-STITCH_TABLE = "stitches.json"
 _RESULTS = ".eval_results"
 # Files of an earlier push that would stay beside the new ones and be loaded in their place.
 _REPLACED = [*WEIGHTS, f"{_RESULTS}/stitch-*.yaml"]
@@ -73,7 +71,7 @@ def save_repository(
     processor.save_pretrained(folder)  # first, or the model would look for one of its own
     model.save_pretrained(folder)
     (sample or Image.new("RGB", (64, 64), "grey")).save(folder / SAMPLE)
-    _describe(model, folder)
+    _write_results(model, folder)
     make_card(model, card, what_it_prints(model, folder)).save(folder / CARD)
 
 
@@ -84,7 +82,7 @@ def update_repository(
     dataset: str | None = None,
     split: str = "",
 ) -> None:
-    """Write new figures of the stitches into a folder: config, stitch table, figure and card. Weights stay.
+    """Write new figures of the stitches into a folder: config, figure and card. Weights stay.
 
     Args:
         model: was loaded from the folder, and measured or calibrated since.
@@ -108,7 +106,7 @@ def update_repository(
             processor_of(model).save_pretrained(scratch)
         if not (folder / SAMPLE).exists():
             Image.new("RGB", (64, 64), "grey").save(scratch / SAMPLE)
-        _describe(model, scratch)
+        _write_results(model, scratch)
         for path in folder.glob(f"{_RESULTS}/stitch-*.yaml"):
             path.unlink()
     made = make_card(model, card, what_it_prints(model, folder))
@@ -151,15 +149,10 @@ def _leads_outside(path: Path, folder: Path) -> bool:
     return not target.is_relative_to(root) and target.parent not in [cache / "blobs" for cache in caches]
 
 
-def _describe(model: StitchablePreTrainedModel, folder: Path) -> None:
-    """Write the stitch table, its figure, and the headline results."""
-    names = short_names(model.config)
+def _write_results(model: StitchablePreTrainedModel, folder: Path) -> None:
+    """Write the figure of the stitch table, and the headline results."""
     if any("accuracy" in stitch.metrics for stitch in model.stitches):
-        plot_stitches(model.stitches, names).savefig(folder / FIGURE)
-    table = {"anchors": names, "stitches": [stitch.to_dict() for stitch in model.stitches]}
-    (folder / STITCH_TABLE).write_text(
-        json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-    )
+        plot(model).savefig(folder / FIGURE)
     for name, content in eval_results_files(model.stitches, Card.of(model.config, "").dataset).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
@@ -173,7 +166,7 @@ def push_model(
     token: bool | str | None = None,
     **options: Any,
 ) -> CommitInfo:
-    """Push a model: weights, code, image processor, stitch table, card and figure, as one commit.
+    """Push a model: weights, config, code, image processor, card and figure, as one commit.
 
     Args:
         model: its config says what the card says; where it was loaded from says the rest.
@@ -223,9 +216,9 @@ def push_folder(
         tags: to be added to the card.
 
     Raises:
-        ValueError: the folder is no checkpoint of a stitchable model, its stitch table is not that of its config, it
-            has code that is neither this package's nor of a class that the config names and this process registered, a
-            link out of the folder, or JSON or a card that cannot be read.
+        ValueError: the folder is no checkpoint of a stitchable model, or it has code that is neither this package's nor
+            of a class that the config names and this process registered, a link out of the folder, or JSON or a card
+            that cannot be read.
         huggingface_hub.errors.HfHubHTTPError: what the Hub refuses, a missing token among it.
     """
     folder = Path(folder)
@@ -282,13 +275,6 @@ def _check_checkpoint(folder: Path) -> None:
     config = _read_json(folder / "config.json") if (folder / "config.json").exists() else None
     if not isinstance(config, dict) or config.get("model_type") != StitchableConfig.model_type:
         raise ValueError(f"{folder} is no checkpoint of a stitchable model: it has no config.json that says so")
-    table = folder / STITCH_TABLE
-    stitches = _read_json(table) if table.exists() else config
-    if not isinstance(stitches, dict) or stitches.get("stitches") != config.get("stitches"):
-        raise ValueError(
-            f"{table} is not the table of the stitches in {folder / 'config.json'}, from which models are loaded; "
-            "remove it, or let stitchable eval or calibrate write both anew"
-        )
     _check_code(folder, StitchableConfig.from_dict(config))
 
 

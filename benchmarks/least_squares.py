@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import stitchable
 from stitchable import StitchableForImageClassification
-from stitchable.initialization import Accumulator, Key, Place, anchor_features, places_of_layers
+from stitchable.initialization import Accumulator, CutRows, Joint, anchor_features, joints_of_layers
 
 ANCHORS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
 REPEATS = 3  # rounds in turn; the median of each is reported
@@ -34,24 +34,24 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = stitchable.from_anchors(ANCHORS, pretrained=False).eval()
-    places = places_of_layers(model)
+    joints = joints_of_layers(model)
     batches = list(photographs(arguments.images, model).split(BATCH))
     with torch.no_grad():
-        features = [anchor_features(model, batch, places) for batch in tqdm(batches, desc="anchors")]
+        features = [anchor_features(model, batch, joints) for batch in tqdm(batches, desc="anchors")]
 
         whole = {key: torch.cat([batch[key] for batch in features]) for key in features[0]}
         times: dict[str, list[float]] = {"ours": [], "pinv": []}
         for _ in tqdm(range(REPEATS), desc="rounds"):
             started = time.perf_counter()
-            ours = least_squares(places, features)
+            ours = least_squares(joints, features)
             times["ours"].append(time.perf_counter() - started)
             started = time.perf_counter()
-            baseline = pseudo_inverses(places, whole)
+            baseline = pseudo_inverses(joints, whole)
             times["pinv"].append(time.perf_counter() - started)
     seconds_ours, seconds_baseline = statistics.median(times["ours"]), statistics.median(times["pinv"])
 
     rows = {}
-    for name, shared in places.items():
+    for name, shared in joints.items():
         rows[name] = {"ours": residual(*ours[name], shared, whole), "pinv": residual(*baseline[name], shared, whole)}
     figures = {
         "images": arguments.images,
@@ -79,34 +79,36 @@ def photographs(number: int, model: StitchableForImageClassification) -> torch.T
     return (torch.stack(crops) - mean) / std
 
 
-def least_squares(places: dict[str, list[Place]], features: list[dict[Key, torch.Tensor]]) -> dict[str, tuple]:
+def least_squares(joints: dict[str, list[Joint]], features: list[dict[CutRows, torch.Tensor]]) -> dict[str, tuple]:
     """What `initialize_stitches` does after the anchors ran: weight (D2, D1) and bias (D2,) per layer."""
-    accumulator = Accumulator(places)
+    accumulator = Accumulator(joints)
     for batch in features:
         accumulator.add(batch)
-    return {name: accumulator.statistics(name).solve()[:2] for name in places}
+    return {name: accumulator.statistics(name).solve()[:2] for name in joints}
 
 
-def pseudo_inverses(places: dict[str, list[Place]], features: dict[Key, torch.Tensor]) -> dict[str, tuple]:
+def pseudo_inverses(joints: dict[str, list[Joint]], features: dict[CutRows, torch.Tensor]) -> dict[str, tuple]:
     """One pseudo-inverse per position, averaged per layer."""
     solutions = {}
-    for name, shared in places.items():
+    for name, shared in joints.items():
         each = []
-        for place in shared:
-            a = features[place.source]
+        for joint in shared:
+            a = features[joint.source]
             ones = torch.cat([a, torch.ones(len(a), 1)], dim=1)
-            each.append(torch.linalg.pinv(ones) @ features[place.target])
+            each.append(torch.linalg.pinv(ones) @ features[joint.target])
         mean = torch.stack(each).mean(0)
         solutions[name] = (mean[:-1].T, mean[-1])
     return solutions
 
 
-def residual(weight: torch.Tensor, bias: torch.Tensor, shared: list[Place], features: dict[Key, torch.Tensor]) -> float:
+def residual(
+    weight: torch.Tensor, bias: torch.Tensor, shared: list[Joint], features: dict[CutRows, torch.Tensor]
+) -> float:
     """||A W^T + 1 b^T - B||_F over all positions of a layer, in float64."""
     weight, bias = weight.double(), bias.double()
     squares = [
-        (features[place.source].double() @ weight.T + bias - features[place.target].double()).square().sum()
-        for place in shared
+        (features[joint.source].double() @ weight.T + bias - features[joint.target].double()).square().sum()
+        for joint in shared
     ]
     return float(torch.stack(squares).sum().sqrt())
 

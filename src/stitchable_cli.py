@@ -30,7 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code of models that the checkpoint brings.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, mps, ...")]
 
-Modules = Annotated[list[Path] | None, typer.Option(help="Python file that registers models of one's own.")]
+Modules = Annotated[list[Path] | None, typer.Option(help="Python file that registers your own models.")]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -105,7 +105,7 @@ def build(
     if images is None:
         typer.echo("no --images: the stitching layers stay random, and only the anchors are of use", err=True)
     else:
-        batches = _read(images, processor, split=split, image_column=image_column, batch_size=min(64, num_samples))
+        batches = _batches(images, processor, split=split, image_column=image_column, batch_size=min(64, num_samples))
         stitchable.initialize_stitches(model, batches, num_samples=num_samples)
     save_repository(model, output, processor, Card(output.resolve().name))
     typer.echo(f"{output}: {len(model.stitches)} stitches of {len(anchors)} anchors")
@@ -225,7 +225,7 @@ def eval(  # the name of the command
     card_of(folder)  # refuses one that cannot be written anew before anything is measured
     model = _to(_load(folder, trust_remote_code), device)
     known = Card.of(model.config, "")  # refuses facts that are none before anything is measured
-    batches = _read(
+    batches = _batches(
         data,
         processor_of(model),
         config=model.config,
@@ -405,7 +405,7 @@ def app_(
     page.launch(page.create_page(loaded, processor_of(loaded), title, pictures), port)
 
 
-def _read(*arguments: Any, **options: Any) -> Any:
+def _batches(*arguments: Any, **options: Any) -> Any:
     from stitchable.images import read_batches
 
     return read_batches(*arguments, **options)

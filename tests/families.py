@@ -123,7 +123,7 @@ def make(name: str, seed: int = 0, **settings: Any) -> StitchableForImageClassif
     """The stitchable model of a family, everything randomised, in evaluation mode."""
     family = {**FAMILIES, **WITH_STREAMS}[name]
     settings = {"image_size": family.image_size, "num_labels": NUM_LABELS, **family.space, **settings}
-    # Families of one's own making need no agreement on the pixels' normalisation.
+    # Families made for tests need no agreement on the pixels' normalisation.
     settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     key = name, repr(sorted(settings.items()))
     if key not in _configs:  # most of the time of making a tiny model goes into its config

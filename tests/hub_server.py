@@ -1,4 +1,4 @@
-"""A Hub of one's own on the loopback interface: repositories in memory, enough for a push and every way to load."""
+"""A Hub on the loopback interface: repositories in memory, enough for a push and every way to load."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""examples/cifar10_resnets: a family of one's own, registered by importing a file, with weights from files."""
+"""examples/cifar10_resnets: a family of your own, registered by importing a file, with weights from files."""
 
 import sys
 from pathlib import Path

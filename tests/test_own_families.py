@@ -1,4 +1,4 @@
-"""Families of one's own: registered in one call, checked once, then like timm's."""
+"""Your own families: registered in one call, checked once, then like timm's."""
 
 from pathlib import Path
 

@@ -33,10 +33,10 @@ def unpack_batch(batch: Any, labels: Literal["required", "optional"]) -> tuple[t
         held = f"it is a {type(batch).__name__} of {len(batch)}"
     else:
         images, given = batch, None
-        held = f"it is {_describe(batch)}"
+        held = f"it is {_in_words(batch)}"
     pixel_values = _to_tensor(images)
     if pixel_values is None or pixel_values.ndim != 4:
-        raise ValueError(f"pixel values must be batches of images (N, C, H, W), got {_describe(images)}")
+        raise ValueError(f"pixel values must be batches of images (N, C, H, W), got {_in_words(images)}")
     numbers = _class_numbers(given, len(pixel_values), held)
     if isinstance(numbers, torch.Tensor):
         return pixel_values, numbers
@@ -50,7 +50,7 @@ def _class_numbers(labels: Any, num_images: int, held: str) -> torch.Tensor | st
     if labels is None:
         return f"a batch must hold 'labels', or be a pair (images, labels); {held}"
     numbers = _to_tensor(labels)
-    wanted = f"labels must be class numbers (N,), got {_describe(labels)}"
+    wanted = f"labels must be class numbers (N,), got {_in_words(labels)}"
     if numbers is None:
         return f"{wanted}; the config's label2id has the numbers of names"
     if numbers.ndim == 2:
@@ -81,9 +81,9 @@ def _to_tensor(values: Any) -> torch.Tensor | None:
         return None
 
 
-def _describe(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if isinstance(value, torch.Tensor | np.ndarray):
         return f"{'a tensor' if isinstance(value, torch.Tensor) else 'an array'} of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list) and value:
-        return f"a {type(value).__name__} of {len(value)}, first {_describe(value[0])}"
+        return f"a {type(value).__name__} of {len(value)}, first {_in_words(value[0])}"
     return type(value).__name__

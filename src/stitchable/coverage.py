@@ -22,7 +22,7 @@ class Module:
     """What is known of a module of timm, such as `timm.models.convnext`.
 
     Attributes:
-        name: without "timm.models."; for architectures of one's own the name of their class.
+        name: without "timm.models."; for your own architectures the name of their class.
         architectures: how many it has, of `timm.list_models()`.
         supported: how many of them can be anchors.
         pattern: the layout of the features and where the blocks are; empty where none is supported.
@@ -37,7 +37,7 @@ class Module:
 
 
 def survey(modules: Collection[str] = ()) -> list[Module]:
-    """Look at every architecture of some modules of timm, or of all, and of the registered families of one's own.
+    """Look at every architecture of some modules of timm, or of all, and of your own registered families.
 
     Args:
         modules: their names, such as "convnext"; all if there is none.

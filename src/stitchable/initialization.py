@@ -30,7 +30,7 @@ _CHUNK = 16
 """Images whose features are held at once, however large a batch is."""
 
 
-class Key(NamedTuple):
+class CutRows(NamedTuple):
     """Features as rows: an anchor, one of its cuts, the prefix tokens that count, and the grid they are resized to."""
 
     anchor: int
@@ -39,11 +39,11 @@ class Key(NamedTuple):
     grid: Grid
 
 
-class Place(NamedTuple):
-    """A place where a stitching layer is used: from cut `source` of one anchor to cut `target` of another."""
+class Joint(NamedTuple):
+    """What a stitching layer maps at one joint: the rows at the cut it comes from and at the cut it goes to."""
 
-    source: Key
-    target: Key
+    source: CutRows
+    target: CutRows
 
 
 @torch.no_grad()
@@ -85,14 +85,14 @@ def initialize_stitches(
     for name, layer in layers.items():
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise ValueError(f"the weights of stitching layer {name} are offloaded and cannot be fitted; load them")
-    accumulator = Accumulator(places_of_layers(model))
-    _check_complete(model, accumulator.places)
+    accumulator = Accumulator(joints_of_layers(model))
+    _check_complete(model, accumulator.joints)
     with evaluation_mode(model):
         num_chunks = -(-num_samples // _CHUNK)
         for pixel_values in logging.tqdm(
             _first_images(batches, num_samples), total=num_chunks, desc="fitting stitching layers", leave=False
         ):
-            accumulator.add(anchor_features(model, pixel_values, accumulator.places))
+            accumulator.add(anchor_features(model, pixel_values, accumulator.joints))
     statistics = {name: accumulator.statistics(name) for name in layers}
     for name in layers:
         needed = layers[name].source.channels + 1
@@ -110,18 +110,18 @@ def initialize_stitches(
     return residuals
 
 
-def places_of_layers(model: StitchablePreTrainedModel) -> dict[str, list[Place]]:
-    """For each stitching layer, the places where some stitch uses it, each once."""
-    places: dict[str, dict[Place, None]] = {}
+def joints_of_layers(model: StitchablePreTrainedModel) -> dict[str, list[Joint]]:
+    """The joints of each stitching layer, of all stitches, each once."""
+    joints: dict[str, dict[Joint, None]] = {}
     for stitch in model.stitches:
         for name, front, back in stitch.joints:
             layer = model.get_stitching_layer(name)
             # Tokens that the front lacks are not the layer's to make.
             pairs = [(source, target) for target, source in enumerate(layer.carried) if source is not None]
-            source = Key(front.anchor, front.stop, tuple(source for source, _ in pairs), layer.target.grid)
-            target = Key(back.anchor, back.start, tuple(target for _, target in pairs), layer.target.grid)
-            places.setdefault(name, {})[Place(source, target)] = None
-    return {name: list(unique) for name, unique in places.items()}
+            source = CutRows(front.anchor, front.stop, tuple(source for source, _ in pairs), layer.target.grid)
+            target = CutRows(back.anchor, back.start, tuple(target for _, target in pairs), layer.target.grid)
+            joints.setdefault(name, {})[Joint(source, target)] = None
+    return {name: list(unique) for name, unique in joints.items()}
 
 
 @dataclass
@@ -182,18 +182,18 @@ class Accumulator:
     summed about a fixed point near the mean, the `shift` of each cut, or large means would drown small variations.
     """
 
-    def __init__(self, places: Mapping[str, Sequence[Place]]) -> None:
-        """`places` are the places of each layer, as `places_of_layers` returns them."""
-        self.places = places
-        self.sources = {place.source for shared in places.values() for place in shared}
-        self.counts: Counter[Key] = Counter()
-        self.shifts: dict[Key, torch.Tensor] = {}
-        self.totals: dict[Key, torch.Tensor] = {}
-        self.squares: dict[Key, torch.Tensor] = {}
-        self.grams: dict[Key, torch.Tensor] = {}
+    def __init__(self, joints: Mapping[str, Sequence[Joint]]) -> None:
+        """`joints` are the joints of each layer, as `joints_of_layers` returns them."""
+        self.joints = joints
+        self.sources = {joint.source for shared in joints.values() for joint in shared}
+        self.counts: Counter[CutRows] = Counter()
+        self.shifts: dict[CutRows, torch.Tensor] = {}
+        self.totals: dict[CutRows, torch.Tensor] = {}
+        self.squares: dict[CutRows, torch.Tensor] = {}
+        self.grams: dict[CutRows, torch.Tensor] = {}
         self.crosses: dict[str, torch.Tensor] = {}
 
-    def add(self, features: Mapping[Key, torch.Tensor]) -> None:
+    def add(self, features: Mapping[CutRows, torch.Tensor]) -> None:
         """Add the features (rows, channels) of every cut that a layer reads or writes."""
         # Apple's GPUs have no float64.
         features = {key: x.cpu() if x.device.type == "mps" else x for key, x in features.items()}
@@ -206,18 +206,18 @@ class Accumulator:
             _add(self.squares, key, torch.linalg.vector_norm(x).double().square())
             if key in self.sources:
                 _add(self.grams, key, _gram(x.double()))
-        for name, shared in self.places.items():
+        for name, shared in self.joints.items():
             for sources, targets in _products(shared):
                 a, b = (sum((rows[key] for key in keys[1:]), rows[keys[0]]) for keys in (sources, targets))
                 _add(self.crosses, name, a.T @ b)
 
     def distinct_rows(self, name: str) -> int:
         """Rows of A that a layer is fitted on, each counted once however many positions it serves."""
-        return sum(self.counts[source] for source in {place.source for place in self.places[name]})
+        return sum(self.counts[source] for source in {joint.source for joint in self.joints[name]})
 
     def statistics(self, name: str) -> LeastSquares:
         """The statistics of one stitching layer, over all its positions."""
-        shared = self.places[name]
+        shared = self.joints[name]
         # Cuts have shifts of their own; a layer needs one origin for all its sources, and one for all its targets.
         origin_a, origin_b = (self.shifts[key].double() for key in (shared[0].source, shared[0].target))
         sums: dict[str, torch.Tensor] = {"cross": self.crosses[name].clone()}
@@ -236,7 +236,7 @@ class Accumulator:
             )
             _add(sums, "square", self.squares[target] + 2 * total_b @ move_b + count * move_b @ move_b)
         return LeastSquares(
-            count=sum(self.counts[place.source] for place in shared),
+            count=sum(self.counts[joint.source] for joint in shared),
             origin_a=origin_a,
             origin_b=origin_b,
             sum_a=sums["a"],
@@ -248,14 +248,14 @@ class Accumulator:
 
 
 def anchor_features(
-    model: StitchablePreTrainedModel, pixel_values: torch.Tensor, places: Mapping[str, Sequence[Place]]
-) -> dict[Key, torch.Tensor]:
+    model: StitchablePreTrainedModel, pixel_values: torch.Tensor, joints: Mapping[str, Sequence[Joint]]
+) -> dict[CutRows, torch.Tensor]:
     """The features (rows, channels) of every cut that a stitching layer reads or writes, each anchor run once.
 
     Raises:
         ValueError: non-finite activations (names the anchor and the cut).
     """
-    wanted = {key for shared in places.values() for place in shared for key in (place.source, place.target)}
+    wanted = {key for shared in joints.values() for joint in shared for key in (joint.source, joint.target)}
     features = {}
     for anchor in model.chains:
         keys = [key for key in wanted if key.anchor == anchor]
@@ -270,9 +270,9 @@ def anchor_features(
     return features
 
 
-def _check_complete(model: StitchablePreTrainedModel, places: Mapping[str, Sequence[Place]]) -> None:
-    for shared in places.values():
-        for key in (key for place in shared for key in (place.source, place.target)):
+def _check_complete(model: StitchablePreTrainedModel, joints: Mapping[str, Sequence[Joint]]) -> None:
+    for shared in joints.values():
+        for key in (key for joint in shared for key in (joint.source, joint.target)):
             missing = {"stem", *range(key.cut)} - model.parts_of_anchor(key.anchor)
             if missing:
                 raise ValueError(
@@ -291,15 +291,15 @@ def _product_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.float64
 
 
-def _products(places: Sequence[Place]) -> list[tuple[list[Key], list[Key]]]:
-    """A layer's A^T B, a sum over its places, in as few products as its sources with different targets.
+def _products(joints: Sequence[Joint]) -> list[tuple[list[CutRows], list[CutRows]]]:
+    """A layer's A^T B, a sum over its joints, in as few products as its sources with different targets.
 
-    Sources that share all their targets are added first: a whole window of k x k places needs one product, not k^2.
+    Sources that share all their targets are added first: a whole window of k x k joints needs one product, not k^2.
     """
-    targets_of: dict[Key, list[Key]] = {}
-    for place in places:
-        targets_of.setdefault(place.source, []).append(place.target)
-    sources_of: dict[tuple[Key, ...], list[Key]] = {}
+    targets_of: dict[CutRows, list[CutRows]] = {}
+    for joint in joints:
+        targets_of.setdefault(joint.source, []).append(joint.target)
+    sources_of: dict[tuple[CutRows, ...], list[CutRows]] = {}
     for source, targets in targets_of.items():
         sources_of.setdefault(tuple(sorted(targets)), []).append(source)
     return [(sources, list(targets)) for targets, sources in sources_of.items()]

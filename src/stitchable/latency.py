@@ -65,12 +65,12 @@ def calibrate(
     latencies: dict[int, dict[int, float]] = {}  # of a batch size, milliseconds by stitch
     with torch.inference_mode(), evaluation_mode(model):
         for batch_size in batch_sizes:
-            parts = _Parts(model, batch_size)
-            parts.time(num_runs, num_warmup_runs)
-            latencies[batch_size] = {stitch.id: parts.milliseconds_of(stitch.id) for stitch in model.stitches}
+            steps = _Measured(model, batch_size)
+            steps.time(num_runs, num_warmup_runs)
+            latencies[batch_size] = {stitch.id: steps.milliseconds_of(stitch.id) for stitch in model.stitches}
             if batch_size == batch_sizes[0]:
-                parts.watch()
-                memories = {stitch.id: parts.megabytes_of(stitch.id) for stitch in model.stitches}
+                steps.watch()
+                memories = {stitch.id: steps.megabytes_of(stitch.id) for stitch in model.stitches}
     first = latencies[batch_sizes[0]]
     for stitch_id, latency in first.items():
         model.record(stitch_id, latency_ms=round(latency, 4), memory_mb=round(memories[stitch_id], 3))
@@ -120,8 +120,8 @@ def _fit_lines(latencies: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A step as it is run alone: its function, and its input unless that is what the part before it returned."""
+class _TimedStep:
+    """A step as it is run alone: its function, and its input unless that is what the step before it returned."""
 
     step: Step
     run: Callable[[Flow], Flow]
@@ -129,7 +129,7 @@ class _Part:
 
 
 @dataclass
-class _Parts:
+class _Measured:
     """The steps of all stitches of a model, and what each costs.
 
     Attributes:
@@ -148,7 +148,7 @@ class _Parts:
     def __post_init__(self) -> None:
         self.pixel_values = random_pixel_values(self.model, self.batch_size)
         self.shapes = [AnchorShape.from_dict(anchor) for anchor in self.model.config.anchors]
-        self.chains = [self._parts_of_anchor(anchor) for anchor in self.model.chains]
+        self.chains = [self._steps_of_anchor(anchor) for anchor in self.model.chains]
         joints = [joint for stitch in self.model.stitches for joint in stitch.joints]
         # By name: a layer is shared by all positions of its window.
         self.layers = {
@@ -171,8 +171,8 @@ class _Parts:
         """Fill `seconds` and `seconds_of_call`, by medians over rounds through everything."""
         anchors = [stitch for stitch in self.model.stitches if stitch.is_anchor]
         kinds = self._kinds_of_layers()
-        chains = [*self.chains, *([self._part_of_layer(names[0])] for names in kinds.values())]
-        rounds: dict[Step, list[float]] = {part.step: [] for chain in chains for part in chain}
+        chains = [*self.chains, *([self._step_of_layer(names[0])] for names in kinds.values())]
+        rounds: dict[Step, list[float]] = {timed.step: [] for chain in chains for timed in chain}
         beyond: list[float] = []
         total = num_warmup_runs + num_runs
         for number in logging.tqdm(range(total), desc="timing the blocks of each anchor", leave=False):
@@ -197,56 +197,56 @@ class _Parts:
     def watch(self) -> None:
         """Fill `activations`."""
         weights = {tensor.untyped_storage()._cdata for tensor in self.model.state_dict().values()}
-        for chain in [*self.chains, *([self._part_of_layer(name)] for name in self.layers)]:
+        for chain in [*self.chains, *([self._step_of_layer(name)] for name in self.layers)]:
             flow: Flow | None = None
-            for part in chain:
-                flow = part.input or flow
-                assert flow is not None  # the first part has an input
+            for timed in chain:
+                flow = timed.input or flow
+                assert flow is not None  # the first step has an input
                 with _LiveBytes(weights) as live:
-                    output = part.run(flow)
+                    output = timed.run(flow)
                 held = [held for held in tree_leaves((flow.features, flow.context)) if isinstance(held, torch.Tensor)]
-                self.activations[part.step] = live.peak + sum(tensor.nbytes for tensor in held)
+                self.activations[timed.step] = live.peak + sum(tensor.nbytes for tensor in held)
                 flow = output
 
-    def _run(self, chain: Sequence[_Part]) -> dict[Step, float]:
+    def _run(self, chain: Sequence[_TimedStep]) -> dict[Step, float]:
         """Seconds of each step of one run."""
         clock = Clock(self.model.device)
         flow: Flow | None = None
-        for part in chain:
-            flow = part.input or flow
-            assert flow is not None  # the first part has an input
-            flow = clock.time(partial(part.run, flow))
-        return dict(zip((part.step for part in chain), clock.seconds(), strict=True))
+        for timed in chain:
+            flow = timed.input or flow
+            assert flow is not None  # the first step has an input
+            flow = clock.time(partial(timed.run, flow))
+        return dict(zip((timed.step for timed in chain), clock.seconds(), strict=True))
 
-    def _parts_of_anchor(self, anchor: int) -> list[_Part]:
-        """The parts of an anchor that this model holds, in order."""
+    def _steps_of_anchor(self, anchor: int) -> list[_TimedStep]:
+        """The steps of an anchor that this model holds, in order."""
         model, held = self.model, self.model.parts_of_anchor(anchor)
-        parts, reached = [], -1  # the cut that the part before leads to
+        steps, reached = [], -1  # the cut that the step before leads to
         if "stem" in held:
             step = Step("stem", anchor)
-            parts.append(_Part(step, partial(model.run_step, step), model.start(self.pixel_values)))
+            steps.append(_TimedStep(step, partial(model.run_step, step), model.start(self.pixel_values)))
             reached = 0
         for block in sorted(part for part in held if isinstance(part, int)):
             step = Step("block", anchor, block)
             flow = None if reached == block else self._flow(anchor, block)
-            parts.append(_Part(step, partial(model.run_step, step), flow))
+            steps.append(_TimedStep(step, partial(model.run_step, step), flow))
             reached = block + 1
         depth = self.shapes[anchor].depth
         last_steps = {model.steps(stitch.id)[-1] for stitch in model.stitches}
         for step in sorted(step for step in last_steps if step.anchor == anchor):
             flow = None if reached == depth else self._flow(anchor, depth)
-            parts.append(_Part(step, partial(self._run_to_logits, step), flow))
+            steps.append(_TimedStep(step, partial(self._run_to_logits, step), flow))
             reached = -1
-        return parts
+        return steps
 
     def _run_to_logits(self, step: Step, flow: Flow) -> Flow:
         """The last step and the head, taken as one: wherever the one runs, the other follows."""
         flow = self.model.run_step(step, flow)
         return flow._replace(features=self.model.run_head(step.anchor, flow.features))
 
-    def _part_of_layer(self, name: str) -> _Part:
+    def _step_of_layer(self, name: str) -> _TimedStep:
         step, anchor, stop = self.layers[name]
-        return _Part(step, partial(self.model.run_step, step), self._flow(anchor, stop))
+        return _TimedStep(step, partial(self.model.run_step, step), self._flow(anchor, stop))
 
     def _kinds_of_layers(self) -> dict[tuple, list[str]]:
         """Names of the stitching layers that do the same work, by what they map from and to."""
@@ -271,7 +271,7 @@ class _Parts:
         return chain.enter(self.model.anchors[anchor], features, pixel_values, (height, width))
 
     def _weigh(self) -> dict[Step, int]:
-        weights = {part.step: 0 for chain in self.chains for part in chain}
+        weights = {timed.step: 0 for chain in self.chains for timed in chain}
         entered: dict[tuple[int, Part], int] = {}  # what an anchor needs beside its blocks where a stitch enters it
         for anchor, chain in self.model.chains.items():
             for name, tensor in _tensors(self.model.anchors[anchor]):

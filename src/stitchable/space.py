@@ -22,7 +22,7 @@ Pairs = Literal["all", "forward"]
 Resize = Literal["bilinear"]
 
 
-class Run(NamedTuple):
+class Stage(NamedTuple):
     """Blocks of an anchor, as many as `depth` from `start` on, that take part in a stage, and the grid they leave."""
 
     start: int
@@ -31,8 +31,8 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Position:
-    """A place where anchor `front`, after `stop` blocks, is joined to anchor `back` at cut `start` by `layer`."""
+class Joint:
+    """The stitching layer `layer` from cut `stop` of anchor `front` to cut `start` of anchor `back`."""
 
     front: int
     stop: int
@@ -77,23 +77,23 @@ def enumerate_stitches(
     stages = _check_stages(anchors, stages, len(meetings), resize)
     pairs = pairs or default_pairs(anchors)
 
-    positions: list[Position] = []
+    joints: list[Joint] = []
     for stage in stages:
         for front, back in _anchor_pairs(len(anchors), direction, nearest):
             if (front, back) in meetings[stage]:
-                first_index = len({p.layer for p in positions if (p.front, p.back) == (front, back)})
-                runs = meetings[stage][front, back]
-                positions += _positions(anchors, front, back, runs, kernel_size, stride, pairs, resize, first_index)
-    if not positions:
+                first_index = len({joint.layer for joint in joints if (joint.front, joint.back) == (front, back)})
+                both = meetings[stage][front, back]
+                joints += _joints(anchors, front, back, both, kernel_size, stride, pairs, resize, first_index)
+    if not joints:
         raise ValueError(
             f"this space has no stitch with kernel_size={kernel_size}, stride={stride}, stages={list(stages)}, "
             f"direction={direction!r}, pairs={pairs!r}, resize={resize!r}. {_why_empty(anchors, resize)}"
         )
 
     depths = [anchor.depth for anchor in anchors]
-    chains = [[position] for position in positions]
+    chains = [[joint] for joint in joints]
     if not nearest:
-        chains += _longer_chains(positions, len(anchors), direction)
+        chains += _longer_chains(joints, len(anchors), direction)
     stitches = [Stitch(id=anchor, route=(Segment(anchor, 0, depth),)) for anchor, depth in enumerate(depths)]
     for chain in chains:
         route, layers = _route(chain, depths)
@@ -103,21 +103,21 @@ def enumerate_stitches(
 
 def stages_of(
     anchors: Sequence[AnchorShape], resize: Resize | None = None
-) -> list[Mapping[tuple[int, int], tuple[Run, Run]]]:
+) -> list[Mapping[tuple[int, int], tuple[Stage, Stage]]]:
     """The stages of a family: which blocks of both anchors of a pair take part in each.
 
     Anchors with the same stages meet stage by stage, others where their grids are equal (nearest, if they are resized).
     """
     if _have_the_same_stages(anchors):
-        runs = [_runs_of_stages(anchor) for anchor in anchors]
+        own = [_designed_stages(anchor) for anchor in anchors]
         pairs = list(permutations(range(len(anchors)), 2))
-        return [{(a, b): (runs[a][stage], runs[b][stage]) for a, b in pairs} for stage in range(len(runs[0]))]
-    runs = [_runs_of_grids(anchor) for anchor in anchors]
-    by_grids: dict[Any, dict[tuple[int, int], tuple[Run, Run]]] = {}
+        return [{(a, b): (own[a][number], own[b][number]) for a, b in pairs} for number in range(len(own[0]))]
+    own = [_stages_by_grid(anchor) for anchor in anchors]
+    by_grids: dict[Any, dict[tuple[int, int], tuple[Stage, Stage]]] = {}
     for a, b in combinations(range(len(anchors)), 2):
-        for one, other in _meetings(runs[a], runs[b], resize):
+        for one, other in _meetings(own[a], own[b], resize):
             # All pairs that meet on the same grids do so in one stage.
-            grids = tuple(sorted((math.prod(run.grid), run.grid) for run in (one, other)))[::-1]
+            grids = tuple(sorted((math.prod(stage.grid), stage.grid) for stage in (one, other)))[::-1]
             by_grids.setdefault(grids, {}).update({(a, b): (one, other), (b, a): (other, one)})
     return [by_grids[grids] for grids in sorted(by_grids, reverse=True)]
 
@@ -135,39 +135,39 @@ def default_pairs(anchors: Sequence[AnchorShape]) -> Pairs:
 
 
 def _have_the_same_stages(anchors: Sequence[AnchorShape]) -> bool:
-    return len({tuple(run.grid for run in _runs_of_stages(anchor)) for anchor in anchors}) == 1
+    return len({tuple(stage.grid for stage in _designed_stages(anchor)) for anchor in anchors}) == 1
 
 
-def _runs_of_stages(anchor: AnchorShape) -> list[Run]:
+def _designed_stages(anchor: AnchorShape) -> list[Stage]:
     stops = [sum(anchor.stages[: stage + 1]) for stage in range(len(anchor.stages))]
     return [
-        Run(stop - depth, depth, (anchor.cuts[stop].height, anchor.cuts[stop].width))
+        Stage(stop - depth, depth, (anchor.cuts[stop].height, anchor.cuts[stop].width))
         for stop, depth in zip(stops, anchor.stages, strict=True)
     ]
 
 
-def _runs_of_grids(anchor: AnchorShape) -> list[Run]:
-    runs, start = [], 0
+def _stages_by_grid(anchor: AnchorShape) -> list[Stage]:
+    stages, start = [], 0
     for grid, cuts in groupby((cut.height, cut.width) for cut in anchor.cuts[1:]):
         depth = len(list(cuts))
-        runs.append(Run(start, depth, grid))
+        stages.append(Stage(start, depth, grid))
         start += depth
-    return runs
+    return stages
 
 
-def _meetings(runs: Sequence[Run], others: Sequence[Run], resize: Resize | None) -> Iterator[tuple[Run, Run]]:
-    """The pairs of equal grid; with `resize`, each run of the anchor with fewer of them and the nearest other one."""
+def _meetings(stages: Sequence[Stage], others: Sequence[Stage], resize: Resize | None) -> Iterator[tuple[Stage, Stage]]:
+    """The pairs of equal grid; with `resize`, each stage of the anchor with fewer of them and the nearest other one."""
     if resize is None:
-        yield from ((run, other) for run in runs for other in others if run.grid == other.grid)
+        yield from ((stage, other) for stage in stages for other in others if stage.grid == other.grid)
         return
 
-    def nearest(run: Run, candidates: Sequence[Run]) -> Run:
-        return min(candidates, key=lambda other: abs(math.log(math.prod(run.grid) / math.prod(other.grid))))
+    def nearest(stage: Stage, candidates: Sequence[Stage]) -> Stage:
+        return min(candidates, key=lambda other: abs(math.log(math.prod(stage.grid) / math.prod(other.grid))))
 
-    if len(runs) <= len(others):
-        yield from ((run, nearest(run, others)) for run in runs)
+    if len(stages) <= len(others):
+        yield from ((stage, nearest(stage, others)) for stage in stages)
     else:
-        yield from ((nearest(other, runs), other) for other in others)
+        yield from ((nearest(other, stages), other) for other in others)
 
 
 def _why_empty(anchors: Sequence[AnchorShape], resize: Resize | None) -> str:
@@ -231,19 +231,19 @@ def _anchor_pairs(num_anchors: int, direction: str, nearest: bool) -> list[tuple
     }[direction]
 
 
-def _positions(
+def _joints(
     anchors: Sequence[AnchorShape],
     front: int,
     back: int,
-    runs: tuple[Run, Run],
+    stages: tuple[Stage, Stage],
     kernel_size: int,
     stride: int,
     pairs: str,
     resize: Resize | None,
     first_index: int,
-) -> Iterator[Position]:
-    """The positions of one pair in one stage; their layers are numbered from `first_index`."""
-    (front_start, front_depth, _), (back_start, back_depth, _) = runs
+) -> Iterator[Joint]:
+    """The joints of one pair in one stage; their layers are numbered from `first_index`."""
+    (front_start, front_depth, _), (back_start, back_depth, _) = stages
     windows = (
         _sliding_windows(front_depth, kernel_size, stride)
         if front_depth == back_depth
@@ -257,26 +257,26 @@ def _positions(
         for window, (j, k) in windows
         if pairs == "all" or k - j > forward_margin
     ]
-    joined = [cut for cut in cuts if _can_join(anchors[front], cut[1], anchors[back], cut[2], runs, resize)]
+    joined = [cut for cut in cuts if _can_join(anchors[front], cut[1], anchors[back], cut[2], stages, resize)]
     if not joined:
         end = (0, front_start + front_depth, back_start + back_depth)
-        joined = [end] if _can_join(anchors[front], end[1], anchors[back], end[2], runs, resize) else []
+        joined = [end] if _can_join(anchors[front], end[1], anchors[back], end[2], stages, resize) else []
     layers: dict[tuple[int, int, int], str] = {}
     for window, stop, start in joined:
         # One layer per window; where a window spans a change of width (a stem narrower than its stage), one per width.
         key = (window, anchors[front].cuts[stop].channels, anchors[back].cuts[start].channels)
         layers.setdefault(key, layer_name(front, back, first_index + len(layers)))
-        yield Position(front, stop, back, start, layers[key])
+        yield Joint(front, stop, back, start, layers[key])
 
 
 def _can_join(
-    front: AnchorShape, stop: int, back: AnchorShape, start: int, runs: tuple[Run, Run], resize: Resize | None
+    front: AnchorShape, stop: int, back: AnchorShape, start: int, stages: tuple[Stage, Stage], resize: Resize | None
 ) -> bool:
     if start >= back.depth or why_not_joined(front, stop, back, start, resize) is not None:
         return False
     # A back stage is not entered before its downsampling, not even where features could be resized to what is there.
     grids = [(cut.height, cut.width) for cut in (front.cuts[stop], back.cuts[start])]
-    return grids[0] == grids[1] or grids == [run.grid for run in runs]
+    return grids[0] == grids[1] or grids == [stage.grid for stage in stages]
 
 
 def _sliding_windows(depth: int, kernel_size: int, stride: int) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -299,32 +299,32 @@ def _nearest_windows(front_depth: int, back_depth: int) -> Iterator[tuple[int, t
         yield shallow_block, position
 
 
-def _longer_chains(positions: Sequence[Position], num_anchors: int, direction: str) -> list[list[Position]]:
-    """Positions in a row through three anchors or more, all in one direction, with at least one block in between."""
+def _longer_chains(joints: Sequence[Joint], num_anchors: int, direction: str) -> list[list[Joint]]:
+    """Joints in a row through three anchors or more, all in one direction, with at least one block in between."""
     subsets = [subset for size in range(3, num_anchors + 1) for subset in combinations(range(num_anchors), size)]
     fast_to_slow = subsets if direction in ("fast_to_slow", "both") else []
     slow_to_fast = [subset[::-1] for subset in subsets] if direction in ("slow_to_fast", "both") else []
-    of_pair: dict[tuple[int, int], list[Position]] = {}
-    for position in positions:
-        of_pair.setdefault((position.front, position.back), []).append(position)
+    of_pair: dict[tuple[int, int], list[Joint]] = {}
+    for joint in joints:
+        of_pair.setdefault((joint.front, joint.back), []).append(joint)
 
-    chains: list[list[Position]] = []
+    chains: list[list[Joint]] = []
     for subset in [*fast_to_slow, *slow_to_fast]:
-        partial: list[list[Position]] = [[]]
+        partial: list[list[Joint]] = [[]]
         for pair in pairwise(subset):
             partial = [
-                [*chain, position]
+                [*chain, joint]
                 for chain in partial
-                for position in of_pair.get(pair, [])
-                if not chain or position.stop > chain[-1].start
+                for joint in of_pair.get(pair, [])
+                if not chain or joint.stop > chain[-1].start
             ]
         chains += partial
     return chains
 
 
-def _route(chain: Sequence[Position], depths: Sequence[int]) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
-    starts = [0, *(position.start for position in chain)]
-    stops = [*(position.stop for position in chain), depths[chain[-1].back]]
-    anchors = [chain[0].front, *(position.back for position in chain)]
+def _route(chain: Sequence[Joint], depths: Sequence[int]) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
+    starts = [0, *(joint.start for joint in chain)]
+    stops = [*(joint.stop for joint in chain), depths[chain[-1].back]]
+    anchors = [chain[0].front, *(joint.back for joint in chain)]
     route = tuple(Segment(*segment) for segment in zip(anchors, starts, stops, strict=True))
-    return route, tuple(position.layer for position in chain)
+    return route, tuple(joint.layer for joint in chain)

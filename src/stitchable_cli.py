@@ -32,6 +32,8 @@ Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, mps, ...")]
 
 Modules = Annotated[list[Path] | None, typer.Option(help="Python file that registers your own models.")]
 
+_IMAGES, _SPACE = "Images", "Which stitches there are"  # panels of the help
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -46,8 +48,17 @@ def command(function: F) -> F:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
 
-    app.command(function.__name__.strip("_"))(run)
+    name = function.__name__.strip("_")
+    app.command(name, rich_help_panel=_PANELS.get(name))(run)
     return function
+
+
+_MAKE, _LOOK, _GIVE = "Make a model", "Look at it and measure it", "Give it away"
+_PANELS = {
+    **dict.fromkeys(("build", "train", "convert", "families"), _MAKE),
+    **dict.fromkeys(("table", "plot", "eval", "calibrate", "app"), _LOOK),
+    **dict.fromkeys(("extract", "export", "push"), _GIVE),
+}
 
 
 @command
@@ -55,23 +66,37 @@ def build(
     anchors: Annotated[list[str], typer.Argument(help="timm names of at least two classifiers, in any order.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
     images: Annotated[
-        str | None, typer.Option(help="Folder of images, or data set of the Hub, to fit the stitching layers on.")
+        str | None,
+        typer.Option(
+            help="Folder of images, or data set of the Hub, to fit the stitching layers on.", rich_help_panel=_IMAGES
+        ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of these images.")] = None,
-    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "image",
-    num_samples: Annotated[int, typer.Option(help="Images to fit on.")] = 100,
+    split: Annotated[str | None, typer.Option(help="Of these images.", rich_help_panel=_IMAGES)] = None,
+    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "image",
+    num_samples: Annotated[int, typer.Option(help="Images to fit on.", rich_help_panel=_IMAGES)] = 100,
     weights: Annotated[
         list[Path] | None,
         typer.Option(help="Checkpoint file of an anchor, instead of timm's weights; once for each anchor, in order."),
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="Load timm's weights from the Hub.")] = True,
-    kernel_size: Annotated[int, typer.Option(help="Of the window of positions that share a stitching layer.")] = 2,
-    stride: Annotated[int, typer.Option(help="Of that window.")] = 1,
-    direction: Annotated[str, typer.Option(help="fast_to_slow or slow_to_fast.")] = "fast_to_slow",
-    nearest: Annotated[bool, typer.Option(help="Stitch only neighbours in FLOPs.")] = True,
-    pairs: Annotated[str | None, typer.Option(help="all or forward positions of a window; as the authors do.")] = None,
-    stages: Annotated[str | None, typer.Option(help="Stages to stitch, such as 0,1,2; as the authors do.")] = None,
-    resize: Annotated[str | None, typer.Option(help="bilinear, to join grids of different sizes too.")] = None,
+    kernel_size: Annotated[
+        int, typer.Option(help="Of the window of positions that share a stitching layer.", rich_help_panel=_SPACE)
+    ] = 2,
+    stride: Annotated[int, typer.Option(help="Of that window.", rich_help_panel=_SPACE)] = 1,
+    direction: Annotated[
+        str, typer.Option(help="fast_to_slow or slow_to_fast.", rich_help_panel=_SPACE)
+    ] = "fast_to_slow",
+    nearest: Annotated[bool, typer.Option(help="Stitch only neighbours in FLOPs.", rich_help_panel=_SPACE)] = True,
+    pairs: Annotated[
+        str | None,
+        typer.Option(help="all or forward positions of a window; as the authors do.", rich_help_panel=_SPACE),
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Stages to stitch, such as 0,1,2; as the authors do.", rich_help_panel=_SPACE)
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="bilinear, to join grids of different sizes too.", rich_help_panel=_SPACE)
+    ] = None,
     module: Modules = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels; the anchors' own if left out.")] = None,
     num_labels: Annotated[int | None, typer.Option(help="Classes; the anchors' own if left out.")] = None,
@@ -208,9 +233,9 @@ def plot(
 def eval(  # the name of the command
     folder: Folder,
     data: Annotated[str, typer.Argument(help="Folder with a folder of images per class, or data set of the Hub.")],
-    split: Annotated[str | None, typer.Option(help="Of the data.")] = None,
-    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "image",
-    label_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "label",
+    split: Annotated[str | None, typer.Option(help="Of the data.", rich_help_panel=_IMAGES)] = None,
+    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "image",
+    label_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "label",
     stitches: Annotated[str | None, typer.Option(help="Ids, such as 0,1,24; all if left out.")] = None,
     batch_size: int = 64,
     device: Device = "cpu",

@@ -1,4 +1,7 @@
-"""A Hub on the loopback interface: repositories in memory, enough for a push and every way to load."""
+"""A Hub on the loopback interface: repositories in memory, enough for a push and every way to load.
+
+Those of data sets are called "datasets/user/name".
+"""
 
 import base64
 import hashlib
@@ -167,17 +170,17 @@ class _Handler(BaseHTTPRequestHandler):
             if parts[0] == "api":
                 return self.error(404, "RepoNotFound", "not found")
             return self.resolve("/".join(parts[:place]), parts[place + 1], "/".join(parts[place + 2 :]), send)
-        repository = self.hub.repositories.get("/".join(parts[2:4]))
-        if parts[:2] != ["api", "models"] or repository is None:
+        repo_id = "/".join(parts[1 if parts[1:2] == ["datasets"] else 2 : 4])
+        repository = self.hub.repositories.get(repo_id)
+        if parts[:2] not in (["api", "models"], ["api", "datasets"]) or repository is None:
             return self.error(404, "RepoNotFound", "Repository not found")
         sha = repository.head(parts[5] if len(parts) > 5 else "main")
         if sha is None:
             return self.error(404, "RevisionNotFound", "Revision not found")
         tree = repository.trees[sha]
         if parts[4:5] == ["tree"]:
-            return self.answer([_entry(path, content) for path, content in tree.items()])
+            return self.answer(_listed(tree, "/".join(parts[6:]), "recursive=true" in self.path.lower()))
         files = [{"rfilename": path} for path in tree]
-        repo_id = "/".join(parts[2:4])
         self.answer({"id": repo_id, "modelId": repo_id, "sha": sha, "private": repository.private, "siblings": files})
 
     def resolve(self, repo_id: str, revision: str, path: str, send: bool) -> None:
@@ -226,6 +229,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         """Say nothing on stderr."""
+
+
+def _listed(tree: dict[str, bytes], folder: str, recursive: bool) -> list[dict[str, Any]]:
+    """The files of a folder ("" for all there is), and where they are not all wanted its sub-folders."""
+    prefix = f"{folder}/" if folder else ""
+    inside = {path: content for path, content in tree.items() if path.startswith(prefix)}
+    files = [
+        _entry(path, content) for path, content in inside.items() if recursive or "/" not in path.removeprefix(prefix)
+    ]
+    folders = {prefix + path.removeprefix(prefix).split("/")[0] for path in inside if "/" in path.removeprefix(prefix)}
+    return files + [{"type": "directory", "path": path, "oid": _oid(b"")} for path in sorted(folders) if not recursive]
 
 
 def _oid(content: bytes | None) -> str | None:

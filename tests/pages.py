@@ -260,7 +260,8 @@ def run_command(item: Item) -> str:
 
 
 def _make(folder: Path, hub: Any) -> None:
-    """What pages find, and timm's weights, which are random here, on the Hub of this machine."""
+    """What pages find, and timm's weights, which are random here, and a data set on the Hub of this machine."""
+    import datasets
     import numpy as np
     import timm
     import torch
@@ -293,9 +294,16 @@ def _make(folder: Path, hub: Any) -> None:
         model, folder / "runs" / "digits", image_processor(config, crop_pct=data["crop_pct"]), Card("digits")
     )
     digits = load_digits()
-    for number in range(40):
-        label = digits.target[number]
-        _save(Image.fromarray((digits.images[number] * 15).astype("uint8")), folder, "digits-test", label, number)
+    pictures = [Image.fromarray((pixels * 15).astype("uint8")) for pixels in digits.images[:40]]
+    for number, picture in enumerate(pictures):
+        _save(picture, folder, "digits-test", digits.target[number], number)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
+    columns = {"image": pictures, "label": digits.target[:40]}
+    file = io.BytesIO()
+    datasets.Dataset.from_dict(columns, features).to_parquet(file)
+    repository = Repository()
+    repository.commit("main", {"data/test-00000-of-00001.parquet": file.getvalue()}, "")
+    hub.repositories["datasets/someone/digits"] = repository
     noise = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), dtype="uint8")
     for number in range(20):
         _save(Image.fromarray(noise[number]), folder, "photos", "holiday", number)

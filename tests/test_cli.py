@@ -237,6 +237,18 @@ def test_a_mistake_is_one_line(arguments, message, folder, pictures, tmp_path) -
     assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())
 
 
+def test_the_help_is_in_groups() -> None:
+    commands, options = run("--help").stdout, run("build", "--help").stdout
+    titles = ["Make a model", "Look at it and measure it", "Give it away"]
+    assert [commands.index(title) for title in titles] == sorted(commands.index(title) for title in titles)
+    made, looked, given = (commands.split(title)[1] for title in titles)
+    assert re.search(r"^\W+build\b", made, re.MULTILINE).start() < made.index(titles[1])
+    assert re.search(r"^\W+calibrate\b", looked, re.MULTILINE).start() < looked.index(titles[2])
+    assert re.search(r"^\W+push\b", given, re.MULTILINE)
+    assert options.index("Images") < options.index("--num-samples")
+    assert options.index("Which stitches there are") < options.index("--kernel-size")
+
+
 @pytest.mark.parametrize("label", [-1, 5, None, "a"])
 def test_labels_that_are_none_of_the_classes_are_refused(label) -> None:
     """Data sets whose labels are secret have -1."""

@@ -125,7 +125,7 @@ def sorted_by_class(tmp_path) -> Path:
 def test_the_first_images_are_a_sample_of_all_classes(streaming: bool, sorted_by_class, monkeypatch) -> None:
     if streaming:  # as a data set of the Hub is
         stream = datasets.load_dataset("imagefolder", data_dir=str(sorted_by_class), split="train", streaming=True)
-        monkeypatch.setattr("stitchable.images._load", lambda source, split: stream)
+        monkeypatch.setattr("stitchable.images._open_data", lambda source, split: stream)
     model = make("vit")
     processor = image_processor(model.config, crop_pct=1.0)
 

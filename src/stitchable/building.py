@@ -68,8 +68,6 @@ def make_config(
     images = common["image_size"], common["num_channels"]
     profiled = [(anchor, profile_architecture(anchor.name, anchor.kwargs, num_labels, *images)) for anchor in given]
     profiled.sort(key=lambda entry: entry[1].total.flops)
-    profiles = [profile for _, profile in profiled]
-    shapes = [profile.shape for profile in profiles]
     rule: dict[str, Any] = {
         "kernel_size": kernel_size,
         "stride": stride,
@@ -78,23 +76,28 @@ def make_config(
         "nearest": nearest,
         "pairs": pairs,
     }
-    stitches = enumerate_stitches(shapes, **rule, resize=resize)
-    costs = [cost_of_stitch(stitch, profiles) for stitch in stitches]
     return StitchableConfig(
         anchors=[_entry(anchor, profile, pretrained) for anchor, profile in profiled],
-        stitches=[
+        **_space([profile for _, profile in profiled], rule, resize),
+        num_labels_of_costs=num_labels,
+        **{"stitch_id": len(profiled) - 1, **config, **common, **_labels(given, config, num_labels)},
+    )
+
+
+def _space(profiles: Sequence[AnchorProfile], rule: dict[str, Any], resize: Resize | None) -> dict[str, Any]:
+    """The stitches with their costs, and the rule they come from, as the config has both."""
+    shapes = [profile.shape for profile in profiles]
+    stitches = enumerate_stitches(shapes, **rule, resize=resize)
+    costs = [cost_of_stitch(stitch, profiles) for stitch in stitches]
+    stages = default_stages(shapes, resize) if rule["stages"] is None else rule["stages"]
+    return {
+        "stitches": [
             replace(stitch, flops=cost.flops, params=cost.params).to_dict()
             for stitch, cost in zip(stitches, costs, strict=True)
         ],
-        space={
-            **rule,
-            "stages": list(default_stages(shapes, resize) if stages is None else stages),
-            "pairs": pairs or default_pairs(shapes),
-        },
-        resize=resize,
-        num_labels_of_costs=num_labels,
-        **{"stitch_id": len(profiles) - 1, **config, **common, **_labels(given, config, num_labels)},
-    )
+        "space": {**rule, "stages": list(stages), "pairs": rule["pairs"] or default_pairs(shapes)},
+        "resize": resize,
+    }
 
 
 def _common_settings(

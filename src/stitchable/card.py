@@ -121,14 +121,7 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
         dataset=in_markdown(dataset),
         figure=FIGURE if measured else None,
         num_stitches=len(stitches),
-        anchors=[
-            {
-                "name": in_markdown(name),
-                "architecture": as_code(entry["architecture"]),
-                "kwargs": as_code(json.dumps(entry["kwargs"], sort_keys=True)) if entry.get("kwargs") else "",
-            }
-            for name, entry in zip(names, model.config.anchors, strict=True)
-        ],
+        anchors=[_anchor(*named) for named in zip(names, model.config.anchors, strict=True)],
         table=stitch_table(stitches, names),
         front=stitch_table(pareto_front(stitches), names),
         budget=_budget(stitches),
@@ -144,16 +137,22 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
             for after in (_accuracy(stitches, anchor),)
             if after is not None
         ],
-        versions=", ".join(
-            [
-                f"stitchable {STITCHABLE_VERSION}",
-                *(f"{name} {version(name)}" for name in ("torch", "timm", "transformers")),
-            ]
-        ),
+        versions=_versions(),
     )
     if made.text.count(KEPT_BELOW) != 1:
         raise ValueError(f"a card cannot quote {KEPT_BELOW!r}, which ends what is written anew")
     return made
+
+
+def _anchor(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
+    """An anchor of the config, in Markdown."""
+    kwargs = as_code(json.dumps(entry["kwargs"], sort_keys=True)) if entry.get("kwargs") else ""
+    return {"name": in_markdown(name), "architecture": as_code(entry["architecture"]), "kwargs": kwargs}
+
+
+def _versions() -> str:
+    packages = (f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
+    return ", ".join([f"stitchable {STITCHABLE_VERSION}", *packages])
 
 
 def what_it_prints(model: StitchablePreTrainedModel, folder: str | Path) -> str:

@@ -69,7 +69,7 @@ def convert(
     """
     if family not in RELEASES:
         raise ValueError(f"the authors released {', '.join(RELEASES)}, not {family!r}")
-    release, weights = RELEASES[family], _read(checkpoint)
+    release, weights = RELEASES[family], _read_release(checkpoint)
     entries = [
         {"architecture": anchor} if isinstance(anchor, str) else dict(anchor) for anchor in anchors or release.anchors
     ]
@@ -153,7 +153,7 @@ def _with_their_stitches(
     return model.eval()
 
 
-def _read(path: str | Path) -> Weights:
+def _read_release(path: str | Path) -> Weights:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # their settings, a bag of values
             content = torch.load(path, map_location="cpu", weights_only=True)

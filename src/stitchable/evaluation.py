@@ -70,7 +70,8 @@ def run_batches(
     figures = record_figures(model, rows)
     ```
 
-    The model is in evaluation mode until the iterator ends or is closed.
+    The model is in evaluation mode until the iterator ends or is closed. The logits of one batch are held at a time, of
+    all stitches: for 71 stitches, 64 images and 1,000 classes 18 MB.
 
     Args:
         model: as for `evaluate`, like the next three; logits lie on the device of their anchor, labels on the model's.

@@ -47,7 +47,7 @@ def read_batches(
         ValueError: nothing is there, several splits of which none was chosen, a column is missing, classes or labels
             that are not the model's, or an image that cannot be read; names it.
     """
-    dataset = _load(source, split)
+    dataset = _open_data(source, split)
     if dataset.features is None:
         dataset = dataset._resolve_features()  # of a stream that tells its columns only by its first rows
     # Images alone may lie in folders of any name.
@@ -68,7 +68,7 @@ def read_batches(
     return _batches(dataset, processor, wanted, read_label, batch_size, place)
 
 
-def _load(source: str, split: str | None) -> Any:
+def _open_data(source: str, split: str | None) -> Any:
     is_folder = Path(source).is_dir()
     if not is_folder and (Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/"))):
         raise ValueError(f"{source} is neither a folder of images nor the id of a data set on the Hub")

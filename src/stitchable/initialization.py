@@ -94,14 +94,8 @@ def initialize_stitches(
         ):
             accumulator.add(anchor_features(model, pixel_values, accumulator.joints))
     statistics = {name: accumulator.statistics(name) for name in layers}
-    for name in layers:
-        needed = layers[name].source.channels + 1
-        rows = accumulator.distinct_rows(name)
-        if rows < needed:
-            raise ValueError(
-                f"stitching layer {name} maps {needed - 1} channels and needs at least {needed} rows, but "
-                f"{num_samples} images give {rows}; pass a larger num_samples"
-            )
+    for name, layer in layers.items():
+        _check_rows(name, layer.source.channels + 1, accumulator.distinct_rows(name), num_samples)
     residuals = {}
     for name, statistic in statistics.items():
         weight, bias, residuals[name] = statistic.solve()
@@ -279,6 +273,14 @@ def _check_complete(model: StitchablePreTrainedModel, joints: Mapping[str, Seque
                     f"least squares runs anchor {key.anchor} up to cut {key.cut}, but this model does not hold its "
                     f"{sorted(missing, key=str)}; fit the whole model before extracting a stitch"
                 )
+
+
+def _check_rows(name: str, needed: int, rows: int, num_samples: int) -> None:
+    if rows < needed:
+        raise ValueError(
+            f"stitching layer {name} maps {needed - 1} channels and needs at least {needed} rows, but "
+            f"{num_samples} images give {rows}; pass a larger num_samples"
+        )
 
 
 def _product_dtype(device: torch.device) -> torch.dtype:

@@ -62,18 +62,7 @@ def calibrate(
         )
     if not batch_sizes or len(set(batch_sizes)) < len(batch_sizes):
         raise ValueError(f"batch_sizes must be different numbers of images, at least one, got {list(batch_sizes)}")
-    latencies: dict[int, dict[int, float]] = {}  # of a batch size, milliseconds by stitch
-    with torch.inference_mode(), evaluation_mode(model):
-        for batch_size in batch_sizes:
-            steps = _Measured(model, batch_size)
-            steps.time(num_runs, num_warmup_runs)
-            latencies[batch_size] = {stitch.id: steps.milliseconds_of(stitch.id) for stitch in model.stitches}
-            if batch_size == batch_sizes[0]:
-                steps.watch()
-                memories = {stitch.id: steps.megabytes_of(stitch.id) for stitch in model.stitches}
-    first = latencies[batch_sizes[0]]
-    for stitch_id, latency in first.items():
-        model.record(stitch_id, latency_ms=round(latency, 4), memory_mb=round(memories[stitch_id], 3))
+    latencies = {size: _predict(model, size, num_runs, num_warmup_runs, size == batch_sizes[0]) for size in batch_sizes}
     model.config.latency = {
         **describe_device(model),
         "batch_size": batch_sizes[0],
@@ -83,6 +72,21 @@ def calibrate(
         **({"by_batch": _fit_lines(latencies)} if len(batch_sizes) > 1 else {}),
     }
     return model.config.latency
+
+
+def _predict(
+    model: StitchablePreTrainedModel, batch_size: int, num_runs: int, num_warmup_runs: int, is_recorded: bool
+) -> dict[int, float]:
+    """Milliseconds of a call of each stitch by id, and if asked for, these and the memory in the stitch table."""
+    with torch.inference_mode(), evaluation_mode(model):
+        steps = _Measured(model, batch_size)
+        steps.time(num_runs, num_warmup_runs)
+        if is_recorded:
+            steps.watch()
+    latencies = {stitch.id: steps.milliseconds_of(stitch.id) for stitch in model.stitches}
+    for stitch_id, latency in latencies.items() if is_recorded else ():
+        model.record(stitch_id, latency_ms=round(latency, 4), memory_mb=round(steps.megabytes_of(stitch_id), 3))
+    return latencies
 
 
 def _verify(model: StitchablePreTrainedModel, batch_size: int, num_runs: int, number: int) -> dict[str, Any]:
@@ -178,8 +182,8 @@ class _Measured:
         for number in logging.tqdm(range(total), desc="timing the blocks of each anchor", leave=False):
             now: dict[Step, float] = {}
             for chain in chains:
-                self._run(chain)  # so that its weights are where they are when one stitch runs again and again
-                now |= self._run(chain)
+                self._time_chain(chain)  # so that its weights are where they are when one stitch runs again and again
+                now |= self._time_chain(chain)
             if number < num_warmup_runs:
                 continue
             for step, seconds in now.items():
@@ -208,7 +212,7 @@ class _Measured:
                 self.activations[timed.step] = live.peak + sum(tensor.nbytes for tensor in held)
                 flow = output
 
-    def _run(self, chain: Sequence[_TimedStep]) -> dict[Step, float]:
+    def _time_chain(self, chain: Sequence[_TimedStep]) -> dict[Step, float]:
         """Seconds of each step of one run."""
         clock = Clock(self.model.device)
         flow: Flow | None = None

@@ -35,14 +35,16 @@ def plot_stitches(
     unit, divisor = flops_unit(max(stitch.flops or 0 for stitch in measured))
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
+    dots = {stitch.id: ((stitch.flops or 0) / divisor, 100 * stitch.metrics[metric]) for stitch in measured}
     groups: dict[str, list[Stitch]] = {}
     for stitch in measured:
         groups.setdefault("-".join(anchor_names[segment.anchor] for segment in stitch.route), []).append(stitch)
     for name, members in groups.items():
         is_anchor = members[0].is_anchor
+        flops, figures = zip(*(dots[stitch.id] for stitch in members), strict=True)
         axes.scatter(
-            [(stitch.flops or 0) / divisor for stitch in members],
-            [100 * stitch.metrics[metric] for stitch in members],
+            flops,
+            figures,
             marker="*" if is_anchor else "o",
             s=220 if is_anchor else 28,
             edgecolors="black" if is_anchor else "none",
@@ -52,8 +54,7 @@ def plot_stitches(
         )
     front = pareto_front(measured, metric)
     axes.step(
-        [(stitch.flops or 0) / divisor for stitch in front],
-        [100 * stitch.metrics[metric] for stitch in front],
+        *zip(*(dots[stitch.id] for stitch in front), strict=True),
         where="post",
         color="grey",
         linewidth=1,
@@ -61,11 +62,11 @@ def plot_stitches(
         label="Pareto front",
     )
     for text, stitch_id in (marked or {}).items():
-        for stitch in measured:
-            if stitch.id == stitch_id:
-                place = (stitch.flops or 0) / divisor, 100 * stitch.metrics[metric]
-                axes.scatter(*place, s=320, facecolors="none", edgecolors="black", linewidths=1.8, zorder=4)
-                axes.annotate(text, place, xytext=(-15, 9), textcoords="offset points", weight="bold", size="large")
+        if stitch_id in dots:
+            axes.scatter(*dots[stitch_id], s=320, facecolors="none", edgecolors="black", linewidths=1.8, zorder=4)
+            axes.annotate(
+                text, dots[stitch_id], xytext=(-15, 9), textcoords="offset points", weight="bold", size="large"
+            )
     axes.set_xlabel(f"{unit} per image (multiply-adds plus normalisation terms)")
     axes.set_ylabel(f"{metric} (%)")
     axes.grid(alpha=0.3)

@@ -84,7 +84,7 @@ class Description:
         """
         try:
             stages = [stage for pattern in adapter.stages for stage in _stages(model, pattern)]
-            prefix = [(name, tokens) for name in adapter.prefix if (tokens := _find(model, name)) is not None]
+            prefix = [(name, tokens) for name in adapter.prefix if (tokens := _part_named(model, name)) is not None]
             blocks = tuple(block for stage in stages for block in stage)
             parts = _parts(model, adapter, blocks)
         except AttributeError as error:
@@ -136,7 +136,7 @@ class Description:
         return channels, height, width
 
 
-def _find(model: TimmModel, name: str) -> Any:
+def _part_named(model: TimmModel, name: str) -> Any:
     owner, _, attribute = name.rpartition(".")
     return getattr(model.get_submodule(owner), attribute, None)
 
@@ -183,7 +183,9 @@ def _parts(model: TimmModel, adapter: Adapter, blocks: Sequence[Block]) -> dict[
         own(part, names)
     if adapter.prefix:  # see own_prefix of a chain; position embeddings have a place for each token
         added = [
-            name for name in adapter.stem if isinstance(name, str) and isinstance(_find(model, name), nn.Parameter)
+            name
+            for name in adapter.stem
+            if isinstance(name, str) and isinstance(_part_named(model, name), nn.Parameter)
         ]
         there = [name for name in (*adapter.prefix, "norm_pre") if _has(model, name)]
         own("prefix", (*there, *added))

@@ -12,8 +12,8 @@ from stitchable import StitchableConfig, StitchableForImageClassification
 
 NUM_LABELS = 5
 SHIPPED = {
-    *("architectures.py", "chain.py", "configuration_stitchable.py", "operations.py"),
-    *("modeling_stitchable.py", "placement.py", "preprocessing.py", "routes.py", "shards.py", "stitching.py"),
+    *("architectures.py", "cascades.py", "chain.py", "configuration_stitchable.py", "modeling_stitchable.py"),
+    *("operations.py", "placement.py", "routes.py", "schema.py", "shards.py", "stitching.py"),
 }
 """The code that travels with every checkpoint."""
 

@@ -30,17 +30,29 @@ def test_an_empty_config_is_only_a_default(valid: dict) -> None:
         (lambda c: c.update(stitch_id=77), "stitch_id 77 is out of range"),
         (lambda c: c.update(stitch_id="a"), "must be an integer"),
         (lambda c: c.update(stitches=[]), "no stitch"),
-        (lambda c: c["anchors"][0].update(depth=4), "depth 4"),
+        (lambda c: c["anchors"][0].update(depth=4), r"anchors\[0\]\.depth must be the sum of its stages, 3, got 4"),
         (lambda c: c["anchors"][0].pop("cuts"), r"lacks \['cuts'\]"),
         (lambda c: c["anchors"][0].pop("architecture"), r"lacks \['architecture'\]"),
-        (lambda c: c["anchors"][0].update(layout="XYZ"), "'NCHW', 'NHWC', 'NLC' or 'UNITS', got 'XYZ'"),
-        (lambda c: c["anchors"][0]["cuts"].__setitem__(0, [8, 4]), r"\[channels, height, width\] each"),
+        (
+            lambda c: c["anchors"][0].update(layout="XYZ"),
+            "layout must be one of 'NCHW', 'NHWC', 'NLC', 'UNITS', got 'XYZ'",
+        ),
+        (
+            lambda c: c["anchors"][0]["cuts"].__setitem__(0, [8, 4]),
+            r"anchors\[0\]\.cuts\[0\] must be a list of 3: channels, height, width",
+        ),
         (lambda c: c["anchors"][0].pop("chain"), r"lacks \['chain'\]"),
-        (lambda c: c["anchors"][0].update(chain=3), "the chain of an anchor is a mapping of stem, blocks, neck"),
-        (lambda c: c["anchors"][0]["chain"].update(wings=[]), "the chain of an anchor is a mapping"),
-        (lambda c: c["anchors"][0]["chain"].update(stem=[3]), r"stem of the chain of an anchor .* names: \[3\]"),
-        (lambda c: c["anchors"][0]["chain"].update(context="os.system"), "context of the chain .* 'os.system'"),
-        (lambda c: c["anchors"][0]["chain"].update(parts={"tail": ["x"]}), "parts of the chain of an anchor"),
+        (lambda c: c["anchors"][0].update(chain=3), r"anchors\[0\]\.chain must be a mapping of stem, blocks, neck"),
+        (lambda c: c["anchors"][0]["chain"].update(wings=[]), r"anchors\[0\]\.chain has no 'wings'; there are stem"),
+        (lambda c: c["anchors"][0]["chain"].update(stem=[3]), r"anchors\[0\]\.chain\.stem\[0\] must be text, got 3"),
+        (
+            lambda c: c["anchors"][0]["chain"].update(context="os.system"),
+            r"anchors\[0\]\.chain: context must be 'function:NAME', got 'os.system'",
+        ),
+        (
+            lambda c: c["anchors"][0]["chain"].update(parts={"tail": ["x"]}),
+            r"anchors\[0\]\.chain: the parts are stem, prefix, context, head, got tail",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_at_construction(valid: dict, change, message: str) -> None:
@@ -53,7 +65,10 @@ def test_a_config_that_does_not_fit_is_refused_at_construction(valid: dict, chan
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["anchors"][0]["chain"]["blocks"].pop(), "anchor 0, vit_.*its chain has 2 blocks, its depth is 3"),
+        (
+            lambda c: c["anchors"][0]["chain"]["blocks"].pop(),
+            r"anchors\[0\]: its chain has 2 blocks, its stages have 3",
+        ),
         (lambda c: c["anchors"][0]["chain"].update(neck=["norms"]), "names a part that this model lacks: .*norms"),
         (lambda c: c["anchors"][0]["chain"].update(call="function:no"), "a function 'no' that is not in operations.py"),
         (lambda c: c["anchors"][1]["cuts"].__setitem__(1, [12, 2, 2]), "equal grids"),

@@ -138,7 +138,7 @@ def test_tokens_that_no_one_can_provide_are_refused() -> None:
         {"id": 2, "route": [[1, 0, stop], [0, start, depths[0]]], "layers": ["1-0.0"]},
     ]
     made = StitchableConfig(anchors=anchors, stitches=stitches, image_size=[64, 64], num_labels=5)
-    with pytest.raises(ValueError, match=r"stitch 2: .*needs 1 prefix tokens .* channels of its stem"):
+    with pytest.raises(ValueError, match=r"stitches.2.: .*needs 1 prefix tokens .* channels of its stem"):
         StitchableForImageClassification(made)
 
 

@@ -108,7 +108,7 @@ def test_figures_are_recorded_in_the_table(model) -> None:
     for wrong in ("x", True, None, [1], 10**400, torch.ones(2)):
         with pytest.raises(ValueError, match=r"accuracy must be a number|one number"):
             model.record(2, metrics={"accuracy": wrong})
-    with pytest.raises(ValueError, match="metrics must be figures by name"):
+    with pytest.raises(ValueError, match="metrics must be a mapping by name"):
         model.record(2, metrics=None)
 
 
@@ -240,14 +240,14 @@ def test_a_saved_model_is_complete_for_a_pipeline(tmp_path, warnings_of_transfor
     shutil.rmtree(tmp_path / "third")
     assert warnings_of_transformers.text == ""
     loaded.save_pretrained(tmp_path / "fourth")
-    assert "third is no longer there; the image processor saved is timm's own" in warnings_of_transformers.text
+    assert "third is no longer there" in warnings_of_transformers.text
 
 
 def test_a_model_shows_its_stitches_one_per_line(model) -> None:
     model.record(8, metrics={"accuracy": 0.5})
     lines = repr(model.stitches).splitlines()
     assert lines[0] == "(9 stitches"
-    assert lines[1].startswith("    Stitch(id=0, route=[[0, 0, 3]], layers=[], flops=")
+    assert lines[1].startswith("    Stitch(id=0, route=[[0, 0, 3]], flops=")
     assert lines[5] == "    ... 1 more ..."
     assert lines[-2].endswith("metrics={'accuracy': 0.5}),")
     assert lines[-1] == ")"

@@ -74,6 +74,14 @@ class Net(nn.Module):
         return logits if self.answer == "logits" else {"logits": logits}
 
 
+def twice(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def as_mapping(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"x": model.stem(x)}
+
+
 def scaled_stem(model: Net, x: torch.Tensor) -> torch.Tensor:
     return model.stem(x) + 0 * model.classifier.weight.sum()
 
@@ -194,11 +202,11 @@ def test_weights_come_from_a_file_and_a_classifier_of_other_classes_is_new(tmp_p
             {},
             r"block 0 \(blocks\.0\) gets something else .* the stem returns",
         ),
-        (adapter(neck=(lambda model, x: 2 * x,)), {}, "its neck or head gives other logits"),
+        (adapter(neck=(twice,)), {}, "its neck or head gives other logits"),
         (adapter(stages=("layers",)), {}, "names a part that this model lacks: .*layers"),
         (adapter(Layout.NHWC), {}, r"declares features NHWC, but square images give \(2, 6, 4, 4\)"),
         (adapter(Layout.NLC), {}, r"declares features NLC, but found are some of shape \(2, 6, 4, 4\)"),
-        (adapter(stem=(lambda model, x: {"x": model.stem(x)},)), {}, "declares features NCHW, but found are some dict"),
+        (adapter(stem=(as_mapping,)), {}, "declares features NCHW, but found are some dict"),
         (adapter(head=()), {}, "an adapter whose head ends with the name of the classifier"),
         (adapter(stem=(scaled_stem,)), {}, r"its stem needs .* name them in uses=\{'stem': \(\.\.\.\)\}"),
         (

@@ -131,15 +131,15 @@ def test_classifiers_and_blocks_of_other_shapes_are_not_taken_over() -> None:
     model.anchors[0].reset_classifier(9)
     with pytest.raises(
         ValueError,
-        match=r"anchors\.0\.head\.weight .* has the shape \(9, 8\), by the config \(5, 8\); model\.reset_classifier",
+        match=r"anchors\.0\.head cannot .* \{'weight': \(5, 8\), .* \{'weight': \(9, 8\), .* model\.reset_classifier",
     ):
         model.extract(0)
     model = make("vit")
     model.anchors[1].blocks[2].mlp.fc1 = torch.nn.Linear(12, 7)
-    with pytest.raises(ValueError, match=r"blocks\.2\.mlp\.fc1\.weight .* by the config \(48, 12\)$"):
+    with pytest.raises(ValueError, match=r"blocks\.2\.mlp\.fc1 .* \(48, 12\), .* \(7, 12\), "):
         model.extract(1)
     model.anchors[1].blocks[2].mlp.fc1 = torch.nn.Sequential()
-    with pytest.raises(ValueError, match="a Linear there, the model a Sequential with no weights"):
+    with pytest.raises(ValueError, match="a Linear there, the model a Sequential, with"):
         model.extract(1)
 
 

@@ -412,7 +412,7 @@ def test_classes_are_of_files_of_the_checkpoint(name: Any, own_family: Path, tra
         path.write_text(evil(trap), encoding="utf-8")
     change(own_family / "config.json", lambda config: config["anchors"][0].update({"class": name}))
     for trust in (False, True):
-        with pytest.raises(ValueError, match=r"the class of an anchor is 'file\.Class' of a file beside the config"):
+        with pytest.raises(ValueError, match=r"class (is 'file\.Class' of a file beside the config|must be text)"):
             StitchableForImageClassification.from_pretrained(own_family, trust_remote_code=trust)
 
 
@@ -461,7 +461,7 @@ def test_a_config_names_registered_architectures(architecture: Any, folder: Path
         architecture = architecture.format(folder=folder)
     change(folder / "config.json", lambda config: config["anchors"][0].update(architecture=architecture))
     for load in (StitchableConfig, StitchableForImageClassification):
-        with pytest.raises(ValueError, match="an architecture is named by letters, digits"):
+        with pytest.raises(ValueError, match=r"anchors.0.*(an architecture is named by letters, digits|must be text)"):
             load.from_pretrained(folder)
     with pytest.raises(ValueError, match="an architecture is named by letters, digits"):
         create_model(architecture, num_classes=2)
@@ -511,8 +511,8 @@ def test_kwargs_are_those_of_the_constructor(name: str, folder: Path, trap: Path
         ({"depth": "many"}, "cannot be made with"),
         ({"num_heads": 0}, "cannot be made with"),
         ({"drop_path_rate": {"__float__": "NaN"}}, "drop_path_rate is nan; give a finite number"),
-        (["depth"], "must be arguments of the model by name"),
-        ("depth", "must be arguments of the model by name"),
+        (["depth"], "kwargs must be (a mapping|arguments of the model) by name"),
+        ("depth", "kwargs must be (a mapping|arguments of the model) by name"),
     ],
 )
 def test_values_of_kwargs_are_plain(kwargs: Any, message: str, folder: Path) -> None:
@@ -714,9 +714,9 @@ def test_figures_of_a_config_are_numbers(figure: Any, folder: Path) -> None:
     entry = copy.deepcopy(json.loads((folder / "config.json").read_text(encoding="utf-8"))["stitches"][3])
     for changed in ({"flops": figure}, {"latency_ms": figure}, {"metrics": {"accuracy": figure}}, {"metrics": figure}):
         change(folder / "config.json", lambda c, changed=changed: c["stitches"].__setitem__(3, {**entry, **changed}))
-        with pytest.raises(ValueError, match=r"must be a number|must be figures by name"):
+        with pytest.raises(ValueError, match=r"stitches\[3\]\.\w+(\.accuracy)? must be (a number|a mapping by name)"):
             StitchableConfig.from_pretrained(folder)
-        assert run("table", folder, status=1).startswith("error: stitch 3: ")
+        assert run("table", folder, status=1).startswith("error: stitches[3].")
 
 
 def test_the_image_processor_of_a_checkpoint_is_what_transformers_loads(folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from families import images, make
+from families import images, make, randomise
 from stitchable import StitchableForImageClassification
 from stitchable.model import shards
 
@@ -171,7 +171,9 @@ def test_options_of_a_push_reach_it(model, tmp_path, monkeypatch) -> None:
     assert pushed == [("name", options)]
 
 
-def test_an_interrupted_save_leaves_a_whole_checkpoint(model, tmp_path, monkeypatch) -> None:
+def test_an_interrupted_save_leaves_the_checkpoint_of_before(model, tmp_path, monkeypatch) -> None:
+    model.save_pretrained(tmp_path)
+    expected, before = model(images("vit")).logits, files_of(tmp_path)
     written = []
 
     def fail_at_the_second(*arguments, **kwargs) -> None:
@@ -180,11 +182,25 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint(model, tmp_path, monkeypa
             raise OSError("No space left on device")
         save_file(*arguments, **kwargs)
 
+    randomise(model, seed=5)
     monkeypatch.setattr(shards, "save_file", fail_at_the_second)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path)
+    assert files_of(tmp_path) == before
     loaded = StitchableForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(loaded(images("vit")).logits, model(images("vit")).logits)
+    assert torch.equal(loaded(images("vit")).logits, expected)
+
+
+def test_weights_are_written_once_and_a_model_is_made_once(model, tmp_path, monkeypatch) -> None:
+    written, made = [], []
+    monkeypatch.setattr(shards, "save_file", lambda x, *rest, **kw: written.extend(x) or save_file(x, *rest, **kw))
+    model.save_pretrained(tmp_path)
+    assert sorted(written) == sorted(model.state_dict())
+    init = StitchableForImageClassification.__init__
+    monkeypatch.setattr(StitchableForImageClassification, "__init__", lambda *args: made.append(1) or init(*args))
+    StitchableForImageClassification.from_pretrained(tmp_path)
+    StitchableForImageClassification.from_pretrained(tmp_path, stitch_id=4)
+    assert len(made) == 2
 
 
 def truncate(folder: Path) -> None:

@@ -2,15 +2,15 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from stitchable import tables
+from stitchable import tables, timm_contract
 from stitchable.building import from_anchors, make_config
 from stitchable.costs import update_costs
 from stitchable.evaluation import evaluate
-from stitchable.families.adapter import Adapter
+from stitchable.families.adapter import Adapter, Layout
 from stitchable.families.registry import register_anchor, register_family
+from stitchable.figures import record
 from stitchable.initialization import initialize_stitches
 from stitchable.latency import calibrate
-from stitchable.model.chain import Layout
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION as __version__
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import (
@@ -19,6 +19,7 @@ from stitchable.model.modeling_stitchable import (
     StitchablePreTrainedModel,
 )
 from stitchable.model.routes import Segment, Stitch, pareto_front
+from stitchable.processing import save_pretrained
 from stitchable.publishing import push_model
 from stitchable.timing import measure_throughput
 
@@ -30,10 +31,14 @@ StitchableConfig.register_for_auto_class()
 StitchableModel.register_for_auto_class("AutoModel")
 StitchableForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 # What a model can do that needs the package, which does not travel.
+StitchablePreTrainedModel.record = record
+StitchablePreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 StitchablePreTrainedModel.push_to_hub = push_model  # type: ignore[assignment,method-assign]
 StitchablePreTrainedModel.table = tables.table  # type: ignore[attr-defined]
 StitchablePreTrainedModel.plot = tables.plot  # type: ignore[attr-defined]
 StitchablePreTrainedModel.__repr__ = tables.in_short  # type: ignore[assignment,method-assign]
+for _name in ("num_features", "forward_features", "forward_head", "forward_intermediates", "reset_classifier"):
+    setattr(StitchablePreTrainedModel, _name, getattr(timm_contract, _name))
 
 __all__ = [
     "Adapter",

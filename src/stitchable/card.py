@@ -16,9 +16,9 @@ from transformers import pipeline
 
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
-from stitchable.model.preprocessing import load_image_processor
 from stitchable.model.routes import Stitch, best_within, pareto_front
 from stitchable.plots import flops_unit
+from stitchable.processing import load_image_processor
 from stitchable.tables import frame_of, short_names
 
 CARD = "README.md"
@@ -169,7 +169,7 @@ def what_it_prints(model: StitchablePreTrainedModel, folder: str | Path) -> str:
     folder, budget = Path(folder), _budget(model.stitches)
     if budget is None or model.config.num_channels != 3:
         return ""
-    stitch = best_within(model.stitches, flops=budget)
+    stitch: Any = best_within(model.stitches, flops=budget)
     small = StitchableForImageClassification.from_pretrained(folder, stitch_id=stitch.id)
     processor = load_image_processor(folder)
     classify = pipeline("image-classification", model=small, image_processor=processor, device="cpu")
@@ -339,7 +339,7 @@ def _accuracy(stitches: Sequence[Stitch], stitch_id: int) -> float | None:
     return next((stitch.metrics.get("accuracy") for stitch in stitches if stitch.id == stitch_id), None)
 
 
-def _budget(stitches: Sequence[Stitch]) -> int | None:
+def _budget(stitches: Sequence[Stitch]) -> float | None:
     """The FLOPs of the anchor in the middle, or of the stitch in the middle where there is no anchor."""
     anchors = [stitch for stitch in stitches if stitch.is_anchor]
     by_flops = sorted(anchors or stitches, key=lambda stitch: stitch.flops or 0)

@@ -21,8 +21,9 @@ from timm.models import swin_transformer
 from stitchable.building import from_anchors
 from stitchable.costs import update_costs
 from stitchable.families.registry import create_model
+from stitchable.model.chain import Anchor
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
-from stitchable.model.routes import AnchorShape, Stitch, layer_name
+from stitchable.model.routes import Stitch, layer_name
 
 Weights = dict[str, torch.Tensor]
 
@@ -95,7 +96,7 @@ def their_layers(config: Any, stages: Sequence[int] | None) -> dict[int, tuple[s
     Returns:
         Stitch id -> (the part of their parameter names that tells the list of layers, the place in it).
     """
-    shapes = [AnchorShape.from_dict(anchor) for anchor in config.anchors]
+    shapes = [Anchor.from_dict(anchor) for anchor in config.anchors]
     stitches = [Stitch.from_dict(stitch) for stitch in config.stitches]
     stitched = list(stages) if stages is not None else [0]
     layers: dict[int, tuple[str, int]] = {}

@@ -20,10 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from stitchable.families.adapter import Description
+from stitchable.families.adapter import Description, Layout
 from stitchable.families.registry import class_reference, create_model, describe
-from stitchable.model.architectures import create_anchor
-from stitchable.model.chain import Chain, Layout, Part
+from stitchable.model.chain import Anchor, Chain, Part
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.model.operations import TimmModel
 from stitchable.model.routes import AnchorShape, Cut, Stitch, carried_tokens
@@ -196,19 +195,20 @@ def update_costs(model: StitchablePreTrainedModel) -> None:
     Metrics and latencies, which no longer hold, are dropped.
     """
     config = model.config
-    profiles = [_profile_of_entry(entry, config) for entry in config.anchors]
+    profiles = [_profile_of(anchor, config) for anchor in model.shapes]
     for stitch in model.stitches:
         cost = cost_of_stitch(stitch, profiles)
         model.record(stitch.id, flops=cost.flops, params=cost.params, latency_ms=None, memory_mb=None, metrics={})
     config.num_labels_of_costs = config.num_labels
 
 
-def _profile_of_entry(entry: Mapping[str, Any], config: Any) -> AnchorProfile:
+def _profile_of(anchor: Anchor, config: Any) -> AnchorProfile:
     """The profile of an anchor as its config describes it, whatever this process knows of its class."""
     with torch.device("meta"):
-        model = create_anchor(entry, config.num_labels)
-    shape, chain = AnchorShape.from_dict(entry), Chain.from_dict(entry["chain"], type(model))
-    described = Description(chain, Layout(shape.layout), shape.stages, shape.prefix_names, type(model).__name__)
+        model = anchor.build(config.num_labels)
+    described = Description(
+        anchor.chain, Layout(anchor.layout), anchor.stages, anchor.prefix_names, type(model).__name__
+    )
     return profile_anchor(model, config.image_size, config.num_channels, described)
 
 

@@ -21,7 +21,7 @@ from stitchable.batches import unpack_batch
 from stitchable.evaluation import evaluation_mode
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.operations import Grid
-from stitchable.model.routes import AnchorShape, check_integer
+from stitchable.model.routes import check_integer
 from stitchable.model.stitching import Side, rows_of
 
 logger = logging.get_logger(__name__)
@@ -253,7 +253,7 @@ def anchor_features(
     features = {}
     for anchor in model.chains:
         keys = [key for key in wanted if key.anchor == anchor]
-        flow, shape = model.start(pixel_values), AnchorShape.from_dict(model.config.anchors[anchor])
+        flow, shape = model.start(pixel_values), model.shapes[anchor]
         for cut in range(max((key.cut for key in keys), default=-1) + 1):
             flow = model.run_step(Step("block", anchor, cut - 1) if cut else Step("stem", anchor), flow)
             here = [key for key in keys if key.cut == cut]

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from stitchable.evaluation import evaluation_mode
 from stitchable.model.chain import Flow, Part
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
-from stitchable.model.routes import AnchorShape, Stitch
+from stitchable.model.routes import Stitch
 from stitchable.timing import Clock, describe_device, measure_latencies, random_pixel_values, seconds_of
 
 
@@ -151,7 +151,7 @@ class _Measured:
 
     def __post_init__(self) -> None:
         self.pixel_values = random_pixel_values(self.model, self.batch_size)
-        self.shapes = [AnchorShape.from_dict(anchor) for anchor in self.model.config.anchors]
+        self.shapes = self.model.shapes
         self.chains = [self._steps_of_anchor(anchor) for anchor in self.model.chains]
         joints = [joint for stitch in self.model.stitches for joint in stitch.joints]
         # By name: a layer is shared by all positions of its window.

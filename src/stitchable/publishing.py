@@ -33,9 +33,8 @@ from stitchable.model import modeling_stitchable
 from stitchable.model.architectures import OWN_CLASSES
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
-from stitchable.model.preprocessing import load_image_processor
 from stitchable.model.shards import WEIGHTS
-from stitchable.processing import image_processor
+from stitchable.processing import image_processor, load_image_processor
 from stitchable.tables import plot
 
 _RESULTS = ".eval_results"

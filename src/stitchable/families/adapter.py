@@ -2,13 +2,29 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from stitchable.model.chain import PARTS, Block, Chain, Layout, Operation, lacking
-from stitchable.model.operations import Grid, TimmModel
+from stitchable.model.chain import PARTS, Chain, lacking
+from stitchable.model.operations import FUNCTION, TimmModel
+
+
+class Layout(str, Enum):
+    """The layout of the features between blocks: batch N, channels C, grid height H and width W, tokens L."""
+
+    NCHW = "NCHW"
+    NHWC = "NHWC"
+    NLC = "NLC"  # prefix tokens first, then the grid row by row
+    UNITS = "UNITS"  # tokens (N, L, C) in the order of Hiera's mask units; meets its like only
+
+
+Operation = str | Callable[..., Any]
+"""A step of a part by name, as in a `Chain`, or a function in the file of the model's class."""
+
+Block = tuple[Operation, ...]
 
 
 @dataclass(frozen=True)
@@ -38,9 +54,9 @@ class Adapter:
     neck: tuple[Operation, ...] = ()
     head: tuple[Operation, ...] = ()
     prefix: tuple[str, ...] = ()
-    own_prefix: Callable[[TimmModel], torch.Tensor] | None = None
-    call: Callable[..., Any] | None = None
-    context: Callable[[TimmModel, torch.Tensor, torch.Tensor, Grid | None], tuple[Any, ...]] | None = None
+    own_prefix: Operation | None = None
+    call: Operation | None = None
+    context: Operation | None = None
     uses: Mapping[Literal["stem", "prefix", "context", "head"], Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
@@ -90,15 +106,15 @@ class Description:
         except AttributeError as error:
             raise lacking(model, error) from None
         chain = Chain(
-            stem=adapter.stem,
-            blocks=blocks,
-            neck=adapter.neck,
-            head=adapter.head,
+            stem=tuple(map(_name, adapter.stem)),
+            blocks=tuple(tuple(map(_name, block)) for block in blocks),
+            neck=tuple(map(_name, adapter.neck)),
+            head=tuple(map(_name, adapter.head)),
             prefix=tuple(name for name, _ in prefix),
-            own_prefix=adapter.own_prefix,
-            call=adapter.call,
-            context=adapter.context,
-            parts=parts,
+            own_prefix=_name(adapter.own_prefix) if adapter.own_prefix else None,
+            call=_name(adapter.call) if adapter.call else None,
+            context=_name(adapter.context) if adapter.context else None,
+            parts={part: names for part, names in parts.items() if names},
         )
         chain.check_names(model)
         names = tuple(name.split(".")[-1] for name, tokens in prefix for _ in range(tokens.shape[1]))
@@ -134,6 +150,16 @@ class Description:
         if image_size[0] == image_size[1] and height != width:
             raise ValueError(f"{declared}, but square images give {tuple(features.shape)}, a grid of {height}x{width}")
         return channels, height, width
+
+
+def _name(operation: Operation) -> str:
+    """What an operation is called in config.json."""
+    if isinstance(operation, str):
+        return operation
+    name = getattr(operation, "__name__", "")
+    if not name.isidentifier():
+        raise ValueError(f"{operation!r} has no name by which a config could call it; define a function in a file")
+    return f"{FUNCTION}{name}"
 
 
 def _part_named(model: TimmModel, name: str) -> Any:
@@ -173,7 +199,7 @@ def _parts(model: TimmModel, adapter: Adapter, blocks: Sequence[Block]) -> dict[
     owners: dict[str, str | int] = dict.fromkeys(_own_tensors(model), "prefix" if adapter.prefix else "stem")
 
     def own(part: str | int, operations: Sequence[Operation]) -> None:
-        owners.update({name: part for name in operations if isinstance(name, str)})
+        owners.update({str(name): part for name in operations if _is_part(name)})
 
     own("stem", adapter.stem)
     own("head", (*adapter.neck, *adapter.head))
@@ -183,13 +209,15 @@ def _parts(model: TimmModel, adapter: Adapter, blocks: Sequence[Block]) -> dict[
         own(part, names)
     if adapter.prefix:  # see own_prefix of a chain; position embeddings have a place for each token
         added = [
-            name
-            for name in adapter.stem
-            if isinstance(name, str) and isinstance(_part_named(model, name), nn.Parameter)
+            name for name in adapter.stem if _is_part(name) and isinstance(_part_named(model, str(name)), nn.Parameter)
         ]
         there = [name for name in (*adapter.prefix, "norm_pre") if _has(model, name)]
         own("prefix", (*there, *added))
     return {part: tuple(name for name, owner in owners.items() if owner == part) for part in PARTS}
+
+
+def _is_part(operation: Operation) -> bool:
+    return isinstance(operation, str) and not operation.startswith(FUNCTION)
 
 
 def _has(model: TimmModel, name: str) -> bool:

@@ -4,9 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from stitchable.families.adapter import Adapter, Block, Operation
-from stitchable.model import operations
-from stitchable.model.chain import Layout
+from stitchable.families.adapter import Adapter, Block, Layout, Operation
 from stitchable.model.operations import TimmModel
 
 NCHW, NHWC, NLC = Layout.NCHW, Layout.NHWC, Layout.NLC
@@ -30,7 +28,7 @@ def _convit(model: TimmModel) -> Adapter:
         stem=("patch_embed", *(["pos_embed"] if model.use_pos_embed else []), "pos_drop"),
         stages=(local,),
         neck=(
-            *([operations.prepend_class_token] if others else []),
+            *(["function:prepend_class_token"] if others else []),
             *(name for block in others for name in block),
             "norm",
         ),
@@ -57,8 +55,8 @@ def _eva(model: TimmModel) -> Adapter:
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token", "reg_token"),
-        call=operations.call_with_own_rope if getattr(model, "rope_mixed", False) and model.rope is not None else None,
-        context=operations.rope,
+        call="function:call_with_own_rope" if getattr(model, "rope_mixed", False) and model.rope is not None else None,
+        context="function:rope",
         uses={"stem": ("pos_drop",), "context": ("rope",)},
     )
 
@@ -68,12 +66,12 @@ def _naflex(model: TimmModel) -> Adapter:
         raise ValueError("patch_drop_rate drops tokens together with their rotary embeddings; leave it 0")
     return Adapter(
         NLC,
-        stem=(operations.naflex_stem,),
+        stem=("function:naflex_stem",),
         stages=("blocks",),
         neck=("norm",),
         prefix=("embeds.cls_token", "embeds.reg_token"),
-        call=operations.call_with_own_rope if model.rope_is_mixed and model.rope is not None else None,
-        context=operations.rope,
+        call="function:call_with_own_rope" if model.rope_is_mixed and model.rope is not None else None,
+        context="function:rope",
         uses={"stem": ("embeds",), "context": ("rope",)},
     )
 
@@ -83,9 +81,9 @@ def _gemma(model: TimmModel) -> Adapter:
         raise ValueError("encoder_pool='soft' pools within its features; leave it ''")
     return Adapter(
         NLC,
-        stem=(operations.gemma_stem,),
+        stem=("function:gemma_stem",),
         stages=("encoder.blocks",),
-        context=operations.gemma_rope,
+        context="function:gemma_rope",
         uses={"stem": ("encoder.patch_embed",), "context": ("encoder.rotary_emb",)},
     )
 
@@ -131,7 +129,7 @@ def _inception_v4(model: TimmModel) -> Adapter:
 def _levit(model: TimmModel) -> Adapter:
     if model.use_conv:
         return Adapter(NCHW, stem=("stem",), stages=("stages.*",))
-    return Adapter(NLC, stem=("stem", operations.tokens_of_nchw), stages=("stages.*",))
+    return Adapter(NLC, stem=("stem", "function:tokens_of_nchw"), stages=("stages.*",))
 
 
 def _mobilenet_v5(model: TimmModel) -> Adapter:
@@ -148,10 +146,10 @@ def _twins(model: TimmModel) -> Adapter:
 
     return Adapter(
         NHWC,
-        stem=(operations.twins_stem,),
+        stem=("function:twins_stem",),
         stages=tuple(stage(i) for i in range(len(model.blocks))),
-        neck=(operations.tokens_of_nhwc, "norm"),
-        call=operations.call_twins,
+        neck=("function:tokens_of_nhwc", "norm"),
+        call="function:call_twins",
         uses={"stem": ("patch_embeds.0", "pos_drops.0")},
     )
 
@@ -179,9 +177,9 @@ def _volo(model: TimmModel) -> Adapter:
     stages += [_blocks_of(model, f"network.{i}") for i in range(3, len(model.network))]
     return Adapter(
         NHWC,
-        stem=("patch_embed", operations.to_nhwc),
+        stem=("patch_embed", "function:to_nhwc"),
         stages=tuple(stages),
-        neck=(operations.tokens_of_nhwc, *([] if model.post_network is None else ["forward_cls"]), "norm"),
+        neck=("function:tokens_of_nhwc", *([] if model.post_network is None else ["forward_cls"]), "norm"),
         uses={"head": ("cls_token", "post_network")},
     )
 
@@ -213,11 +211,11 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "vision_transformer.VisionTransformer": _VIT,
     "beit.Beit": Adapter(
         NLC,
-        stem=("patch_embed", operations.prepend_class_token, "pos_embed", "pos_drop"),
+        stem=("patch_embed", "function:prepend_class_token", "pos_embed", "pos_drop"),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
-        context=operations.beit_bias,
+        context="function:beit_bias",
         uses={"context": ("rel_pos_bias",)},
     ),
     "cait.Cait": Adapter(
@@ -230,11 +228,11 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "convit.ConVit": _convit,
     "deepseek_vit.DeepseekVitClassifier": Adapter(
         NHWC,
-        stem=(operations.encoder_stem,),
+        stem=("function:encoder_stem",),
         stages=("encoder.blocks",),
         neck=("encoder.norm", "encoder.aligner"),
-        call=operations.call_on_tokens,
-        context=operations.encoder_rope,
+        call="function:call_on_tokens",
+        context="function:encoder_rope",
         uses={"stem": ("encoder.patch_embed",), "context": ("encoder.rope",)},
     ),
     "eva.Eva": _eva,
@@ -245,45 +243,45 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "naflexvit.NaFlexVit": _naflex,
     "qwen3_vit.Qwen3VitClassifier": Adapter(
         NHWC,
-        stem=(operations.encoder_stem,),
+        stem=("function:encoder_stem",),
         stages=("encoder.blocks",),
         neck=("encoder.merger",),
-        call=operations.call_on_tokens,
-        context=operations.encoder_rope,
+        call="function:call_on_tokens",
+        context="function:encoder_rope",
         uses={"stem": ("encoder.patch_embed", "encoder.pos_embed"), "context": ("encoder.rope",)},
     ),
     "tnt.TNT": Adapter(
         NLC,
-        stem=(operations.tnt_stem,),
+        stem=("function:tnt_stem",),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
-        own_prefix=operations.tnt_prefix,
-        call=operations.call_tnt,
-        context=operations.tnt_pixels,
+        own_prefix="function:tnt_prefix",
+        call="function:call_tnt",
+        context="function:tnt_pixels",
         uses={"stem": ("norm1_proj", "proj", "norm2_proj", "pos_drop"), "context": ("pixel_embed", "pixel_pos")},
     ),
     "vision_transformer_relpos.VisionTransformerRelPos": Adapter(
         NLC,
-        stem=("patch_embed", operations.prepend_class_token),
+        stem=("patch_embed", "function:prepend_class_token"),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
-        context=operations.relpos_bias,
+        context="function:relpos_bias",
         uses={"context": ("shared_rel_pos",)},
     ),
     "vision_transformer_sam.VisionTransformerSAM": Adapter(
         NHWC,
-        stem=("patch_embed", operations.sam_positions, "pos_drop", "patch_drop", "norm_pre"),
+        stem=("patch_embed", "function:sam_positions", "pos_drop", "patch_drop", "norm_pre"),
         stages=("blocks",),
-        neck=(operations.to_nchw, "neck"),
+        neck=("function:to_nchw", "neck"),
     ),
     "xcit.Xcit": Adapter(
         NHWC,
-        stem=(operations.xcit_stem,),
+        stem=("function:xcit_stem",),
         stages=("blocks",),
-        neck=(operations.tokens_of_nhwc, "forward_cls", "norm"),
-        call=operations.call_xcit,
+        neck=("function:tokens_of_nhwc", "forward_cls", "norm"),
+        call="function:call_xcit",
         uses={"stem": ("patch_embed", "pos_embed", "pos_drop"), "head": ("cls_token", "cls_attn_blocks")},
     ),
     # Stages of blocks.
@@ -299,8 +297,8 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
         NCHW,
         stem=("stem",),
         stages=("stages.*",),
-        neck=(operations.tokens_of_nchw, "norm"),
-        call=operations.call_efficientformer,
+        neck=("function:tokens_of_nchw", "norm"),
+        call="function:call_efficientformer",
     ),
     "efficientformer_v2.EfficientFormerV2": _STAGES_AND_NORM,
     "efficientvit_mit.EfficientVit": _STAGES,
@@ -318,36 +316,36 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "lowformer.LowFormer": _STAGES,
     "mambaout.MambaOut": _NHWC_STAGES,
     "maxxvit.MaxxVit": _STAGES_AND_NORM,
-    "metaformer.MetaFormer": Adapter(NCHW, stem=("stem",), stages=("stages.*",), call=operations.call_metaformer),
+    "metaformer.MetaFormer": Adapter(NCHW, stem=("stem",), stages=("stages.*",), call="function:call_metaformer"),
     "mvitv2.MultiScaleVit": Adapter(
         NLC,
-        stem=("patch_embed", operations.prepend_class_token, "pos_embed"),
+        stem=("patch_embed", "function:prepend_class_token", "pos_embed"),
         stages=("stages.*",),
         neck=("norm",),
         prefix=("cls_token",),
-        context=operations.grid_as_context,
+        context="function:grid_as_context",
     ),
     "nest.Nest": Adapter(
-        NCHW, stem=("patch_embed",), stages=("levels",), neck=(operations.to_nhwc, "norm", operations.to_nchw)
+        NCHW, stem=("patch_embed",), stages=("levels",), neck=("function:to_nhwc", "norm", "function:to_nchw")
     ),
     "nextvit.NextViT": _STAGES_AND_NORM,
     "nfnet.NormFreeNet": Adapter(NCHW, stem=("stem",), stages=("stages.*",), neck=("final_conv", "final_act")),
     "pit.PoolingVisionTransformer": Adapter(
         NLC,
-        stem=("patch_embed", "pos_embed", "pos_drop", operations.pit_tokens),
+        stem=("patch_embed", "pos_embed", "pos_drop", "function:pit_tokens"),
         stages=("transformers.*",),
-        neck=(operations.pit_prefix, "norm"),
+        neck=("function:pit_prefix", "norm"),
         prefix=("cls_token",),
-        own_prefix=operations.class_token,  # its positions are those of the grid
-        call=operations.call_pit,
-        context=operations.grid_as_context,
+        own_prefix="function:class_token",  # its positions are those of the grid
+        call="function:call_pit",
+        context="function:grid_as_context",
     ),
     "pvt_v2.PyramidVisionTransformerV2": Adapter(
         NHWC,
         stem=("patch_embed",),
         stages=("stages.*",),
-        neck=(operations.to_contiguous_nchw,),
-        call=operations.call_pvt,
+        neck=("function:to_contiguous_nchw",),
+        call="function:call_pvt",
     ),
     "rdnet.RDNet": Adapter(NCHW, stem=("stem",), stages=("dense_stages",), neck=("norm_pre",)),
     "repvit.RepVit": _STAGES,
@@ -359,9 +357,9 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "swin_transformer.SwinTransformer": Adapter(NHWC, stem=("patch_embed",), stages=("layers.*",), neck=("norm",)),
     "swin_transformer_v2.SwinTransformerV2": Adapter(NHWC, stem=("patch_embed",), stages=("layers.*",), neck=("norm",)),
     "swin_transformer_v2_cr.SwinTransformerV2Cr": Adapter(
-        NHWC, stem=("patch_embed", operations.to_nhwc), stages=("stages.*",), neck=(operations.to_nchw,)
+        NHWC, stem=("patch_embed", "function:to_nhwc"), stages=("stages.*",), neck=("function:to_nchw",)
     ),
-    "tiny_vit.TinyVit": Adapter(NCHW, stem=("patch_embed",), stages=("stages.*",), call=operations.call_tiny_vit),
+    "tiny_vit.TinyVit": Adapter(NCHW, stem=("patch_embed",), stages=("stages.*",), call="function:call_tiny_vit"),
     "vovnet.VovNet": _STAGES,
     # Stages by other names.
     "densenet.DenseNet": _densenet,

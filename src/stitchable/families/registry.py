@@ -264,7 +264,6 @@ def _register(
                 parameter.add_(0.02 * torch.randn_like(parameter))
         described = Description.of(model, _resolved(adapter, model))
         check_chain(model, described, pixel_values)
-        described.chain.to_dict()  # refuses functions without names
     _REGISTERED[model_class] = adapter
 
 

@@ -18,6 +18,14 @@ from .routes import check_name
 OWN_CLASSES: dict[str, type[nn.Module]] = {}
 """Classes of anchors that are not timm's, as "file.Class": registered in this process, or loaded with a checkpoint."""
 
+# What timm's functions take for themselves before the constructor of a model gets the rest: files and addresses of
+# weights, and what else can be made of a model.
+_NOT_OF_A_MODEL = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(timm.models.build_model_with_cfg).parameters,
+    *("pruned", "features_only", "out_indices", "feature_cls", "num_classes", "device", "dtype"),
+}
+
 
 def create_model(
     architecture: str,
@@ -41,7 +49,8 @@ def create_model(
         ValueError: an unknown architecture (the nearest names are suggested) or class, or kwargs that are refused.
     """
     check_name(architecture)
-    kwargs = _checked(architecture, {} if kwargs is None else kwargs)
+    kwargs = {} if kwargs is None else kwargs
+    _check_kwargs(architecture, kwargs)
     if own_class is not None and own_class not in OWN_CLASSES:
         raise ValueError(f"{architecture!r} is made by {own_class}, which this process has not registered")
     if own_class is None and not timm.is_model(architecture):
@@ -60,31 +69,10 @@ def create_model(
             return timm.create_model(architecture, pretrained=False, **classes, **kwargs)
     except Exception as error:  # constructors have many ways to say that they cannot work with their arguments
         reason = str(error) or "an assertion of timm fails"
-        raise ValueError(f"{architecture!r} cannot be made with {kwargs}: {reason}") from error
+        raise ValueError(f"{architecture!r} cannot be made with {dict(kwargs)}: {reason}") from error
 
 
-def create_anchor(entry: Mapping[str, Any], num_classes: int | None) -> TimmModel:
-    """The model of an anchor of the config, as `create_model` makes it."""
-    return create_model(
-        entry["architecture"], entry.get("kwargs"), num_classes=num_classes, own_class=entry.get("class")
-    )
-
-
-# What timm's functions take for themselves before the constructor of a model gets the rest: files and addresses of
-# weights, and what else can be made of a model.
-_NOT_OF_A_MODEL = {
-    *inspect.signature(timm.create_model).parameters,
-    *inspect.signature(timm.models.build_model_with_cfg).parameters,
-    *("pruned", "features_only", "out_indices", "feature_cls", "num_classes", "device", "dtype"),
-}
-
-
-def _checked(architecture: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the further arguments of a model.
-
-    Raises:
-        ValueError: an argument that is none of a model's constructor, or a value that JSON does not have.
-    """
+def _check_kwargs(architecture: str, kwargs: Mapping[str, Any]) -> None:
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise ValueError(f"the kwargs of {architecture!r} must be arguments of the model by name, got {kwargs!r}")
     for name in sorted(_NOT_OF_A_MODEL & set(kwargs)):
@@ -98,7 +86,6 @@ def _checked(architecture: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
                 f"the kwargs of {architecture!r} are kept in config.json, but {name} is {value!r}; give a finite "
                 "number, text, None, or a list or mapping of them"
             )
-    return dict(kwargs)
 
 
 def _is_json(value: Any) -> bool:

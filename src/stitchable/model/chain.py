@@ -4,40 +4,33 @@ The layers themselves, their parameter names and their arithmetic stay the model
 block, is said by the description in config.json, by name.
 """
 
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from .operations import OPERATIONS, Grid, TimmModel
+from .architectures import create_model
+from .operations import FUNCTION, OPERATIONS, PER_IMAGE, Grid, TimmModel, find_function
+from .routes import AnchorShape, Stitch, carried_tokens, check_name
+from .schema import read, write
 
-
-class Layout(str, Enum):
-    """The layout of the features between blocks: batch N, channels C, grid height H and width W, tokens L."""
-
-    NCHW = "NCHW"
-    NHWC = "NHWC"
-    NLC = "NLC"  # prefix tokens first, then the grid row by row
-    UNITS = "UNITS"  # tokens (N, L, C) in the order of Hiera's mask units; meets its like only
-
-
-Operation = str | Callable[[TimmModel, torch.Tensor], Any]
-"""A step of a part: a submodule or method, which is called, or a parameter, which is added (a position embedding), by
-name; one that is None in a model is passed over. Or a function of the model and its features. An operation of a stem
-may return a tuple: the features, and the context of the blocks."""
-
-Block = tuple[Operation, ...]
+Operation = str
+"""A step of a part, by name: a submodule or method, which is called, or a parameter, which is added (a position
+embedding); one that is None in a model is passed over. Or "function:NAME", of operations.py or of the file of the
+model's class, which gets the model and its features. An operation of a stem may return a tuple: the features, and the
+context of the blocks."""
 
 Part = str | int
 """What of a model is needed together: "stem", "prefix" (own prefix tokens), "context", a number of a block, "head"."""
 
-_FUNCTION = "function:"  # what the name of a function begins with in a description
+PARTS = ("stem", "prefix", "context", "head")
+
+_CLASS = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")
 
 
 class Flow(NamedTuple):
@@ -53,6 +46,18 @@ class Flow(NamedTuple):
     pixel_values: torch.Tensor
     context: tuple[Any, ...] = ()
 
+    def select(self, images: torch.Tensor, context: str | None) -> "Flow":
+        """That of some images of the batch, by their numbers; `context` is the function of the anchor's chain."""
+        number, own = len(self.pixel_values), context is not None and context.removeprefix(FUNCTION) not in OPERATIONS
+
+        def selected(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor) or not (context in PER_IMAGE or (own and len(x) == number)):
+                return x
+            return x.unflatten(0, (number, -1))[images.to(x.device)].flatten(0, 1)
+
+        features, pixel_values = (x[images.to(x.device)] for x in (self.features, self.pixel_values))
+        return Flow(features, pixel_values, tuple(map(selected, self.context)))
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -64,90 +69,74 @@ class Chain:
         neck: what follows the last block before the head, such as a final norm. It belongs to the head.
         head: what turns the features into logits, the classifier last; empty for timm's own `forward_head`.
         prefix: parameters (1, tokens, C) that the stem puts in front of the grid, in order.
-        own_prefix: what these are at cut 0 (1, tokens, C), a function of the model, if not their sum with the first
-            positions of `pos_embed` (unless the model says `no_embed_class`) after `norm_pre`, as in timm's ViT.
-        call: how an operation of a block is called, if not as `operation(features, *context)`: a function of the model,
-            the operation, the number of the block, the features and the context. It returns the features, or a tuple of
-            the features and the context of the next block.
-        context: what the blocks need besides the features, when the stem returns none and when a stitch enters the
-            anchor in its middle: a function of the model, the features, the pixel values and the grid (None after the
-            anchor's own stem) that returns a tuple.
+        own_prefix: "function:NAME" of what these are at cut 0 (1, tokens, C), given the model, if not their sum with
+            the first positions of `pos_embed` (unless it says `no_embed_class`) after `norm_pre`, as in timm's ViT.
+        call: "function:NAME" of how an operation of a block is called, if not as `operation(features, *context)`: given
+            the model, the operation, the number of the block, the features and the context. It returns the features, or
+            a tuple of the features and the context of the next block.
+        context: "function:NAME" of what the blocks need besides the features, when the stem returns none and when a
+            stitch enters the anchor in its middle: given the model, the features, the pixel values and the grid (None
+            after the anchor's own stem), a tuple.
         parts: names of submodules and parameters that belong to "stem", "prefix", "context" or "head"; those of a block
             belong to it, and what is named nowhere to the head.
     """
 
     stem: tuple[Operation, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[tuple[Operation, ...], ...]
     neck: tuple[Operation, ...] = ()
     head: tuple[Operation, ...] = ()
     prefix: tuple[str, ...] = ()
-    own_prefix: Callable[[TimmModel], torch.Tensor] | None = None
-    call: Callable[..., Any] | None = None
-    context: Callable[[TimmModel, torch.Tensor, torch.Tensor, Grid | None], tuple[Any, ...]] | None = None
-    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    own_prefix: str | None = None
+    call: str | None = None
+    context: str | None = None
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    functions: ClassVar[dict[str, Any]]  # of each chain, by the names that begin so; `check_names` finds them
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could be made of."""
+        if not self.blocks or not all(name for operations in self._lists for name in operations):
+            raise ValueError("a chain has at least one block, and no empty names")
+        for key in ("own_prefix", "call", "context"):
+            if getattr(self, key) is not None and not getattr(self, key).startswith(FUNCTION):
+                raise ValueError(f"{key} must be '{FUNCTION}NAME', got {getattr(self, key)!r}")
+        if not set(self.parts) <= set(PARTS):
+            raise ValueError(f"the parts are {', '.join(PARTS)}, got {', '.join(self.parts)}")
+        object.__setattr__(self, "functions", {})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only, the form it has in `config.json`; what is empty is left out."""
-        described = {
-            "stem": list(map(_name, self.stem)),
-            "blocks": [list(map(_name, block)) for block in self.blocks],
-            "neck": list(map(_name, self.neck)),
-            "head": list(map(_name, self.head)),
-            "prefix": list(self.prefix),
-            **{name: _name(getattr(self, name)) for name in _FUNCTIONS if getattr(self, name)},
-            "parts": {part: list(names) for part, names in self.parts.items() if names},
-        }
-        return {name: value for name, value in described.items() if value}
+        return write(self)
 
-    @classmethod
-    def from_dict(cls, described: Mapping[str, Any], model_class: type | None = None) -> "Chain":
-        """The inverse of `to_dict`.
-
-        Args:
-            described: the "chain" of an anchor of the config.
-            model_class: whose file may define functions of the description, if it is none of timm's.
-
-        Raises:
-            ValueError: other keys, names that are none, or a function that neither operations.py nor that file has.
-        """
-        check_description(described)
-
-        def found(name: str) -> Any:
-            return _function(name.removeprefix(_FUNCTION), model_class) if name.startswith(_FUNCTION) else name
-
-        lists: dict[str, Any] = {name: tuple(map(found, described.get(name, ()))) for name in ("stem", "neck", "head")}
-        return cls(
-            **lists,
-            blocks=tuple(tuple(map(found, block)) for block in described["blocks"]),
-            prefix=tuple(described.get("prefix", ())),
-            parts={part: tuple(names) for part, names in described.get("parts", {}).items()},
-            **{name: found(described[name]) for name in _FUNCTIONS if name in described},
-        )
-
-    def check_names(self, model: TimmModel) -> None:
-        """Refuse a model that lacks what this chain names.
-
-        Raises:
-            ValueError: names the first part that is missing.
-        """
-        named = [*self.stem, *(part for block in self.blocks for part in block), *self.neck, *self.head, *self.prefix]
-        for name in (*named, *(name for names in self.parts.values() for name in names)):
-            try:
-                if isinstance(name, str):
-                    attrgetter(name)(model)
-            except AttributeError as error:
-                raise lacking(model, error) from None
+    @property
+    def _lists(self) -> list[tuple[str, ...]]:
+        return [self.stem, *self.blocks, self.neck, self.head, self.prefix, *self.parts.values()]
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
 
+    def check_names(self, model: TimmModel) -> None:
+        """Refuse a model that lacks what this chain names, or whose class brings no such function.
+
+        Raises:
+            ValueError: names the first part or function that is missing.
+        """
+        for name in (name for names in self._lists for name in names):
+            try:
+                if not name.startswith(FUNCTION):
+                    attrgetter(name)(model)
+            except AttributeError as error:
+                raise lacking(model, error) from None
+        for named in (*(n for names in self._lists for n in names), self.own_prefix, self.call, self.context):
+            if named is not None and named.startswith(FUNCTION):
+                self.functions[named] = find_function(named.removeprefix(FUNCTION), type(model))
+
     def run_stem(self, model: TimmModel, pixel_values: torch.Tensor) -> Flow:
         """Pixel values (N, C, H, W) to what flows at cut 0."""
         features, context = pixel_values, None
-        for operation in self.stem:
-            result = _run(model, operation, features)
+        for name in self.stem:
+            result = self._run(model, name, features)
             features, *rest = result if isinstance(result, tuple) else (result,)
             context = rest or context
         if context is None:
@@ -156,78 +145,93 @@ class Chain:
 
     def enter(self, model: TimmModel, features: torch.Tensor, pixel_values: torch.Tensor, grid: Grid | None) -> Flow:
         """What flows at a cut of this anchor where features come in from another; `grid` is that of the cut."""
-        context = self.context
-        return Flow(features, pixel_values, () if context is None else context(model, features, pixel_values, grid))
+        if self.context is None:
+            return Flow(features, pixel_values)
+        return Flow(features, pixel_values, self.functions[self.context](model, features, pixel_values, grid))
 
     def run_block(self, model: TimmModel, index: int, flow: Flow) -> Flow:
         """What flows at cut `index` to what flows at cut `index + 1`."""
         features, pixel_values, context = flow
-        for operation in self.blocks[index]:
-            part = attrgetter(operation)(model) if isinstance(operation, str) else operation
-            if self.call is not None:
-                result = self.call(model, part, index, features, *context)
+        call = None if self.call is None else self.functions[self.call]
+        for name in self.blocks[index]:
+            part = self.functions.get(name) or attrgetter(name)(model)
+            if call is not None:
+                result = call(model, part, index, features, *context)
             elif isinstance(part, nn.Module):
                 result = part(features, *context)
             else:
-                result = _run(model, operation, features)
-            features, *rest = result if isinstance(result, tuple) else (result, *context)
-            context = tuple(rest)
+                result = self._run(model, name, features)
+            if isinstance(result, tuple):
+                features, *rest = result
+                context = tuple(rest)
+            else:
+                features = result
         return Flow(features, pixel_values, context)
 
     def run_neck(self, model: TimmModel, flow: Flow) -> Flow:
         """What flows at cut L to what timm's `forward_features` returns."""
         features = flow.features
-        for operation in self.neck:
-            features = _run(model, operation, features)
-        return flow._replace(features=features)
+        for name in self.neck:
+            features = self._run(model, name, features)
+        return Flow(features, flow.pixel_values, flow.context)
 
     def run_head(self, model: TimmModel, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features after the neck to logits (N, num_labels), or to what the classifier gets."""
         if not self.head:
             return model.forward_head(features, pre_logits=pre_logits)
-        for operation in self.head[:-1] if pre_logits else self.head:
-            features = _run(model, operation, features)
+        for name in self.head[:-1] if pre_logits else self.head:
+            features = self._run(model, name, features)
         return features
+
+    def _run(self, model: TimmModel, name: str, features: torch.Tensor) -> Any:
+        if name in self.functions:
+            return self.functions[name](model, features)
+        part = attrgetter(name)(model)
+        if part is None:
+            return features
+        return features + part if isinstance(part, nn.Parameter) else part(features)
 
     def prefix_of(self, model: TimmModel) -> torch.Tensor:
         """The prefix tokens (1, tokens, C) of cut 0, for features that come without."""
         if self.own_prefix is not None:
-            return self.own_prefix(model)
+            return self.functions[self.own_prefix](model)
         tokens = torch.cat([attrgetter(name)(model) for name in self.prefix], dim=1)
         positions = getattr(model, "pos_embed", None)
         if positions is not None and not getattr(model, "no_embed_class", False):
             tokens = tokens + positions[:, : tokens.shape[1]]
-        return _run(model, "norm_pre", tokens) if hasattr(model, "norm_pre") else tokens
+        return model.norm_pre(tokens) if getattr(model, "norm_pre", None) is not None else tokens
 
     def modules_of_blocks(self, model: TimmModel) -> dict[str, nn.Module]:
         """The submodules that the blocks of a model consist of, by name."""
-        named = {part: attrgetter(part)(model) for block in self.blocks for part in block if isinstance(part, str)}
+        named = {
+            name: attrgetter(name)(model) for block in self.blocks for name in block if not name.startswith(FUNCTION)
+        }
         return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
 
     def modules_for(self, model: TimmModel, block: int) -> Collection[nn.Module]:
         """The submodules that a block needs, the model itself among them; all but those of the blocks if it is -1."""
+        parts = self.modules_of_blocks(model)
         if block >= 0:
-            parts = [attrgetter(part)(model) for part in self.blocks[block] if isinstance(part, str)]
-            return [model, *(module for part in parts if isinstance(part, nn.Module) for module in part.modules())]
-        blocks = {module for part in self.modules_of_blocks(model).values() for module in part.modules()}
+            return [
+                model,
+                *(module for name in self.blocks[block] if name in parts for module in parts[name].modules()),
+            ]
+        blocks = {module for part in parts.values() for module in part.modules()}
         return [module for module in model.modules() if module not in blocks]
 
     @cached_property
-    def owners(self) -> Mapping[str, Part]:
+    def _owners(self) -> Mapping[str, Part]:
         """Submodules and parameters by name, with the part that they belong to."""
         owners: dict[str, Part] = {name: part for part, names in self.parts.items() for name in names}
         for index, block in enumerate(self.blocks):
-            owners.update({name: index for name in block if isinstance(name, str) and name not in owners})
+            owners.update({name: index for name in block if name not in owners})
         return owners
 
     def part_of(self, name: str) -> Part:
         """Which part owns the submodule, parameter or buffer `name`."""
         pieces = name.split(".")
-        for length in range(len(pieces), 0, -1):
-            part = self.owners.get(".".join(pieces[:length]))
-            if part is not None:
-                return part
-        return "head"
+        owners = (self._owners.get(".".join(pieces[:length])) for length in range(len(pieces), 0, -1))
+        return next((part for part in owners if part is not None), "head")
 
     def keep_only(self, model: TimmModel, parts: Collection[Part]) -> None:
         """Drop what the parts do not need; the names of the rest stay."""
@@ -240,7 +244,7 @@ class Chain:
     def _hollow_out(self, module: nn.Module, prefix: str, parts: Collection[Part]) -> None:
         for name, child in list(module.named_children()):
             path = f"{prefix}{name}"
-            if any(owner.startswith(f"{path}.") for owner in self.owners):
+            if any(owner.startswith(f"{path}.") for owner in self._owners):
                 self._hollow_out(child, f"{path}.", parts)
             elif self.part_of(path) not in parts and [*child.parameters(), *child.buffers()]:
                 # What has no weights costs nothing, and other parts may use it too: a dropout of positions.
@@ -252,61 +256,70 @@ def lacking(model: TimmModel, error: AttributeError) -> ValueError:
     return ValueError(f"the description of {type(model).__name__} names a part that this model lacks: {error}")
 
 
-PARTS = ("stem", "prefix", "context", "head")
-_FUNCTIONS = ("own_prefix", "call", "context")
+@dataclass(frozen=True, kw_only=True)
+class Anchor(AnchorShape):
+    """An anchor of the config: its shape, and how to build and run it.
 
-
-def check_description(described: Any) -> None:
-    """Refuse what is no description of a chain.
-
-    Raises:
-        ValueError: names the key.
+    Attributes:
+        architecture: a timm name, or one of a class of your own.
+        kwargs: all arguments of its constructor but the number of classes.
+        class_: "file.Class" of a file beside the config, for what is none of timm's; "class" in JSON.
+        pretrained: which weights it started from; provenance only.
+        chain: its parts, by name.
     """
-    keys = ("stem", "blocks", "neck", "head", "prefix", *_FUNCTIONS, "parts")
-    if not isinstance(described, Mapping) or not {"stem", "blocks"} <= set(described) <= set(keys):
-        raise ValueError(f"the chain of an anchor is a mapping of {', '.join(keys)}, at least of the first two")
-    for key, value in described.items():
-        if key in _FUNCTIONS:
-            good = isinstance(value, str) and value.startswith(_FUNCTION)
-        elif key == "blocks":
-            good = isinstance(value, list | tuple) and len(value) > 0 and all(map(_are_names, value))
-        elif key == "parts":
-            good = isinstance(value, Mapping) and set(value) <= set(PARTS)
-            good = good and all(map(_are_names, value.values()))
-        else:
-            good = _are_names(value)
-        if not good:
-            raise ValueError(f"{key} of the chain of an anchor is not made of names: {value!r}")
+
+    architecture: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    class_: str | None = None
+    pretrained: str | None = None
+    chain: Chain
+
+    def __post_init__(self) -> None:
+        """Refuse names that are paths or markup, and a chain of another depth."""
+        super().__post_init__()
+        check_name(self.architecture)
+        if self.class_ is not None and not _CLASS.fullmatch(self.class_):
+            raise ValueError(f"class is 'file.Class' of a file beside the config, got {self.class_!r}")
+        if self.chain.depth != self.depth:
+            raise ValueError(f"its chain has {self.chain.depth} blocks, its stages have {self.depth}")
+
+    @classmethod
+    def from_dict(cls, entry: Any, path: str = "an anchor") -> "Anchor":
+        """An anchor of the config.
+
+        Raises:
+            ValueError: what an anchor is not made of; names the place, whose beginning is `path`.
+        """
+        anchor = read(
+            cls, {key: x for key, x in entry.items() if key != "depth"} if isinstance(entry, Mapping) else entry, path
+        )
+        if entry.get("depth") != anchor.depth:
+            raise ValueError(f"{path}.depth must be the sum of its stages, {anchor.depth}, got {entry.get('depth')!r}")
+        return anchor
+
+    def build(self, num_classes: int | None) -> TimmModel:
+        """Its model, with random weights and all of its parts.
+
+        Raises:
+            ValueError: it cannot be made, or lacks what the chain names.
+        """
+        try:
+            model = create_model(self.architecture, self.kwargs, num_classes=num_classes, own_class=self.class_)
+            self.chain.check_names(model)
+        except ValueError as error:
+            raise ValueError(f"{self.architecture}: {error}") from error
+        return model
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(name, str) and name for name in value)
-
-
-def _name(operation: Any) -> str:
-    if isinstance(operation, str):
-        return operation
-    name = getattr(operation, "__name__", "")
-    if OPERATIONS.get(name) is not operation and not name.isidentifier():
-        raise ValueError(f"{operation!r} has no name by which a config could call it; define a function in a file")
-    return f"{_FUNCTION}{name}"
-
-
-def _function(name: str, model_class: type | None) -> Callable[..., Any]:
-    if name in OPERATIONS:
-        return OPERATIONS[name]
-    file = sys.modules.get(model_class.__module__) if model_class else None
-    function = getattr(file, name, None)
-    if file is None or function is None or getattr(function, "__module__", None) != file.__name__:
-        place = f" nor in the file of {model_class.__name__}" if model_class else ""
-        raise ValueError(f"the chain of an anchor names a function {name!r} that is not in operations.py{place}")
-    return function
-
-
-def _run(model: TimmModel, operation: Operation, features: torch.Tensor) -> Any:
-    if not isinstance(operation, str):
-        return operation(model, features)
-    part = attrgetter(operation)(model)
-    if part is None:
-        return features
-    return features + part if isinstance(part, nn.Parameter) else part(features)
+def parts_used(anchors: Sequence[AnchorShape], stitches: Iterable[Stitch]) -> list[set[Part]]:
+    """What the stitches need of each anchor; nothing of one that none of them uses."""
+    parts: list[set[Part]] = [set() for _ in anchors]
+    for stitch in stitches:
+        for segment in stitch.route:
+            parts[segment.anchor] |= {*range(segment.start, segment.stop), "context"}
+        parts[stitch.route[0].anchor] |= {"stem", "prefix"}
+        parts[stitch.route[-1].anchor].add("head")
+        for _, front, back in stitch.joints:
+            if None in carried_tokens(anchors[front.anchor], anchors[back.anchor]):
+                parts[back.anchor].add("prefix")
+    return parts

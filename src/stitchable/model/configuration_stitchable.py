@@ -1,23 +1,68 @@
 """`StitchableConfig`: a family of anchors and every stitch through it, in JSON types and explicit."""
 
-import re
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .chain import check_description
-from .routes import AnchorShape, Stitch, check_name, check_stitches, find_stitch, restrict
+from .chain import Anchor
+from .routes import Cascade, Stitch, check_cascades, check_stitches, find_cascade, find_stitch, restrict
+from .schema import read, write
 
 STITCHABLE_VERSION = "0.1.0"
 
-_CLASS = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")
+# Fields of transformers of which it does not say what is wrong with them.
+_OTHERS = {"id2label": Mapping[str, str], "label2id": Mapping[str, int], "architectures": tuple[str, ...]}
 _AUTO_MAP = {
     "AutoConfig": "configuration_stitchable.StitchableConfig",
     "AutoModel": "modeling_stitchable.StitchableModel",
     "AutoModelForImageClassification": "modeling_stitchable.StitchableForImageClassification",
 }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a `StitchableConfig` holds besides what every config of transformers does; see there."""
+
+    anchors: tuple[Mapping[str, Any], ...] = ()
+    stitches: tuple[Stitch, ...] = ()
+    space: Mapping[str, Any] = field(default_factory=dict)
+    resize: Literal["bilinear"] | None = None
+    stitch_id: int | None = None
+    cascades: tuple[Cascade, ...] = ()
+    cascade_id: int | None = None
+    image_size: tuple[int, int] = (224, 224)
+    num_channels: int = 3
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    left_out: tuple[int, ...] = ()
+    num_labels_of_costs: int | None = None
+    stitchable_version: str = STITCHABLE_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse what fits together nowhere."""
+        if min(*self.image_size, self.num_channels) < 1:
+            raise ValueError(f"image_size and num_channels must be at least 1: {self.image_size}, {self.num_channels}")
+        if len(self.image_mean) != len(self.image_std) or min(self.image_std, default=0) <= 0:
+            raise ValueError("image_mean and image_std must have a number for each channel, of image_std above 0")
+        if not all(part.isalnum() for part in self.stitchable_version.split(".")):
+            raise ValueError(f"stitchable_version must be like {STITCHABLE_VERSION!r}, got {self.stitchable_version!r}")
+        # transformers makes an empty config to find what differs from the defaults.
+        if self.anchors or self.stitches:
+            check_stitches(
+                self.stitches, [Anchor.from_dict(x, f"anchors[{i}]").depth for i, x in enumerate(self.anchors)]
+            )
+            check_cascades(self.cascades, self.stitches, self.left_out)
+            if self.stitch_id is not None:
+                find_stitch(self.stitches, self.stitch_id)
+            if self.cascade_id is not None:
+                find_cascade(self.cascades, self.cascade_id, self.stitches)
+            if None not in (self.stitch_id, self.cascade_id):
+                raise ValueError("stitch_id and cascade_id are the default of a call, so one of them must be null")
 
 
 class StitchableConfig(PreTrainedConfig):
@@ -28,14 +73,18 @@ class StitchableConfig(PreTrainedConfig):
 
     Args:
         anchors: one entry per anchor, smallest first: `architecture` (a timm name), `kwargs` (of its constructor),
-            `pretrained` (which weights it started from, or None), `depth` in blocks, `stages` (blocks per stage),
-            `cuts` ([channels, height, width] at cut 0..depth), `layout`, `prefix_tokens` and `prefix_names`.
+            `class` ("file.Class" of a class of your own), `pretrained` (which weights it started from), `depth` in
+            blocks, `stages` (blocks per stage), `cuts` ([channels, height, width] at cut 0..depth), `layout`,
+            `prefix_tokens`, `prefix_names`, and `chain`, the names of its parts.
         stitches: one entry per stitch: `id`, `route` ([anchor, start, stop] per segment), `layers` (the stitching
             layers between the segments), `flops` (multiply-adds plus normalisation terms per image), `params`, and once
-            measured `latency_ms` and `metrics`.
+            measured `latency_ms`, `memory_mb` and `metrics`.
         space: the settings that enumerated the stitches; provenance only.
         resize: "bilinear" where stitching layers may join cuts of different grids.
-        stitch_id: the stitch that runs when a call names none.
+        stitch_id: the stitch that runs when a call names none; the last one if None.
+        cascades: one entry per cascade: `id`, `stages`, `flops` (mean per image), `max_flops`, and what they were
+            chosen on; see `Cascade` and `Stage`.
+        cascade_id: the cascade that runs when a call names none, in the place of a stitch.
         image_size: [height, width] in pixels that the cuts and costs hold for.
         num_channels: channels of the image.
         image_mean: per channel, of pixels in 0..1.
@@ -48,104 +97,70 @@ class StitchableConfig(PreTrainedConfig):
             ignored: it names the classes of this code, whatever a file says; so is `transformers_weights`.
 
     Raises:
-        ValueError: routes that do not fit the anchors, a default stitch that does not exist, anchors that are none,
-            names that are paths or markup.
+        ValueError: anything of another type or out of its range, routes that do not fit the anchors, a default stitch
+            that does not exist, names that are paths or markup; names the place, such as "stitches[3].route".
     """
 
     model_type = "stitchable"
 
-    def __init__(
-        self,
-        anchors: Sequence[Mapping[str, Any]] = (),
-        stitches: Sequence[Mapping[str, Any]] = (),
-        space: Mapping[str, Any] | None = None,
-        resize: str | None = None,
-        stitch_id: int | None = None,
-        image_size: Sequence[int] = (224, 224),
-        num_channels: int = 3,
-        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
-        image_std: Sequence[float] = (0.229, 0.224, 0.225),
-        left_out: Sequence[int] = (),
-        num_labels_of_costs: int | None = None,
-        stitchable_version: str = STITCHABLE_VERSION,
-        **kwargs: Any,
-    ) -> None:
-        self.anchors = [dict(anchor) for anchor in anchors]
-        self.stitches = [dict(stitch) for stitch in stitches]
-        self.space = dict(space or {})
-        self.resize = resize
-        self.stitch_id = stitch_id
-        self.image_size = list(image_size)
-        self.num_channels = num_channels
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
-        self.left_out = list(left_out)
-        self.num_labels_of_costs = num_labels_of_costs
-        self.stitchable_version = stitchable_version
+    def __init__(self, **kwargs: Any) -> None:
+        own = {x.name: kwargs.pop(x.name) for x in fields(Settings) if x.name in kwargs}
+        settings = read(Settings, {name: value for name, value in own.items() if value is not None}, "")
+        if _numbers(settings.stitchable_version) > _numbers(STITCHABLE_VERSION):
+            warnings.warn(
+                f"this checkpoint was written by stitchable {settings.stitchable_version}, newer than the code that "
+                f"reads it ({STITCHABLE_VERSION}); update with `pip install --upgrade stitchable`",
+                stacklevel=2,
+            )
+        vars(self).update({x.name: write(getattr(settings, x.name)) for x in fields(Settings)})
+        if settings.stitches and settings.stitch_id is None and settings.cascade_id is None:
+            self.stitch_id = settings.stitches[-1].id
         # Always ours: what a config that was read says would be saved again, and run where that is trusted.
         kwargs["auto_map"] = dict(_AUTO_MAP)
         kwargs.pop("custom_pipelines", None)
         kwargs.pop("transformers_weights", None)  # would have transformers load another file than was checked
-        super().__init__(**kwargs)
-        # transformers makes an empty config to find what differs from the defaults.
-        if self.anchors or self.stitches:
-            self._check()
+        for name, kind in _OTHERS.items():
+            given = kwargs.get(name)
+            if given is not None:
+                read(kind, {str(key): x for key, x in given.items()} if isinstance(given, Mapping) else given, name)
+        dtype = kwargs.get("dtype")
+        if not isinstance(getattr(torch, dtype, 0) if isinstance(dtype, str) else dtype, torch.dtype | None):
+            raise ValueError(f"dtype must be the name of a data type of torch, got {dtype!r:.80}")
+        try:
+            super().__init__(**kwargs)
+        except (StrictDataclassError, TypeError) as error:
+            raise ValueError(f"{error}") from error
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in any `PreTrainedConfig`; `stitch_id` and `max_flops` leave out the stitches that they do not ask for.
+        """As in any `PreTrainedConfig`; `stitch_id`, `cascade` and `max_flops` leave out what they do not ask for.
 
         So does `from_pretrained` of configs and models, which calls this.
 
         Args:
             config_dict: as `to_dict` returns it.
-            kwargs: `stitch_id`, the only stitch to keep; or `max_flops`, to keep every stitch up to that cost, or both,
-                to make one of these the default; others as in any `PreTrainedConfig`.
+            kwargs: `stitch_id`, the only stitch to keep; `cascade`, whose stages are all to keep; or `max_flops`, to
+                keep every stitch up to that cost, `stitch_id` the default. Others as in any `PreTrainedConfig`.
 
         Raises:
             ValueError: there is no such stitch.
         """
-        stitch_id, max_flops = kwargs.pop("stitch_id", None), kwargs.pop("max_flops", None)
-        if stitch_id is not None or max_flops is not None:
-            stitches = [Stitch.from_dict(stitch) for stitch in config_dict.get("stitches", ())]
+        stitch_id, cascade, max_flops = (kwargs.pop(name, None) for name in ("stitch_id", "cascade", "max_flops"))
+        if (stitch_id, cascade, max_flops) != (None, None, None):
+            stitches = read(tuple[Stitch, ...], config_dict.get("stitches", ()), "stitches")
             if not stitches:
-                raise ValueError(
-                    "there is no config.json of a stitchable model, so there are no stitches to choose from"
-                )
-            kept, default = restrict(stitches, config_dict.get("stitch_id"), stitch_id, max_flops)
+                raise ValueError("there is no config.json of a stitchable model, so there is nothing to choose from")
+            if cascade is None:
+                kept, default = restrict(stitches, config_dict.get("stitch_id"), stitch_id, max_flops)
+            else:
+                cascades = read(tuple[Cascade, ...], config_dict.get("cascades", ()), "cascades")
+                needed = {stage.stitch for stage in find_cascade(cascades, cascade, stitches).stages}
+                kept, default = [stitch for stitch in stitches if stitch.id in needed], None
             left_out = {stitch.id for stitch in stitches} - {stitch.id for stitch in kept}
-            config_dict = {
-                **config_dict,
-                "stitches": [stitch.to_dict() for stitch in kept],
-                "stitch_id": default,
-                "left_out": sorted({*config_dict.get("left_out", ()), *left_out}),
-            }
+            left_out |= set(read(tuple[int, ...], config_dict.get("left_out", ()), "left_out"))
+            chosen = {"stitch_id": default, "cascade_id": cascade, "left_out": sorted(left_out)}
+            config_dict = {**config_dict, "stitches": write(kept), **chosen}
         return super().from_dict(config_dict, **kwargs)
-
-    def _check(self) -> None:
-        shapes = [AnchorShape.from_dict(anchor) for anchor in self.anchors]
-        for anchor in self.anchors:
-            check_name(anchor["architecture"])
-            check_description(anchor["chain"])
-            own_class = anchor.get("class")
-            if own_class is not None and not (isinstance(own_class, str) and _CLASS.fullmatch(own_class)):
-                raise ValueError(
-                    f"the class of an anchor is 'file.Class' of a file beside the config, got {own_class!r}"
-                )
-        stitches = [Stitch.from_dict(stitch) for stitch in self.stitches]
-        self.stitches = [stitch.to_dict() for stitch in stitches]
-        if self.resize not in (None, "bilinear"):
-            raise ValueError(f"resize is 'bilinear' or None, got {self.resize!r}")
-        check_stitches(stitches, [shape.depth for shape in shapes])
-        if self.stitch_id is None:
-            self.stitch_id = stitches[-1].id
-        find_stitch(stitches, self.stitch_id)
-        if _numbers(self.stitchable_version) > _numbers(STITCHABLE_VERSION):
-            warnings.warn(
-                f"this checkpoint was written by stitchable {self.stitchable_version}, newer than the code that reads "
-                f"it ({STITCHABLE_VERSION}); update with `pip install --upgrade stitchable`",
-                stacklevel=2,
-            )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -3,19 +3,30 @@
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from .chain import Chain
+
 _LOCK = threading.RLock()  # two threads would take the weights from each other
 _PLACED = re.compile(r"|anchors(\.\d+)?|stitching_layers(\..+)?")
 
 
+def first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The first of a module; `parameters()` takes ten times as long, which a small network notices."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    found = (first_parameter(child) for child in module._modules.values() if child is not None)
+    return next((parameter for parameter in found if parameter is not None), None)
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Of the weights of a module, or where accelerate offloads them, the device that it brings them to."""
-    tensor = next(module.parameters(), None)
+    tensor = first_parameter(module)
     if tensor is None:
         return torch.device("cpu")
     if not tensor.is_meta:
@@ -26,26 +37,31 @@ def device_of(module: nn.Module) -> torch.device:
 
 def entering(module: nn.Module, features: torch.Tensor) -> torch.Tensor:
     """Features on the device and in the data type of the part that they enter (of autocast, where that decides)."""
-    first = next(module.parameters(), None)
-    device = features.device if first is None else first.device if not first.is_meta else device_of(module)
-    if first is None or (device.type != "meta" and torch.is_autocast_enabled(device.type)):
+    first = first_parameter(module)
+    if first is None:
+        return features
+    device = device_of(module) if first.is_meta else first.device
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return features.to(device)
     return features.to(device, first.dtype)
 
 
-def is_placed(module: nn.Module) -> bool:
-    """Whether accelerate has placed this module, with a hook that runs when its forward is called."""
-    return getattr(module, "_hf_hook", None) is not None
-
-
-@contextmanager
-def brought_in(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """With the weights of these modules where they are run, if accelerate offloads them.
+def brought_in(model: nn.Module, anchor: nn.Module, chain: Chain, block: int) -> AbstractContextManager[None]:
+    """With what a block of an anchor needs, or if it is -1 what all but its blocks do, where accelerate offloads it.
 
     Its hooks bring in what a module itself owns when the forward of that module is called. That of an anchor never is,
     and some of timm's modules use the weights of others (BEiT those of its `qkv`) or have other methods (rotary
     embeddings).
     """
+    placed = "_hf_hook" in model.__dict__ or "_hf_hook" in anchor.__dict__
+    return _brought_in(chain.modules_for(anchor, block)) if placed else _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _brought_in(modules: Iterable[nn.Module]) -> Iterator[None]:
     with _LOCK:
         held = [(hook, module) for module in modules for hook in _hooks(module) if getattr(hook, "offload", False)]
         if held and torch.is_grad_enabled() and any(module.training for _, module in held):

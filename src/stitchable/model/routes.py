@@ -1,25 +1,25 @@
-"""Routes through a family of anchors: segments, stitches, budgets and the Pareto front. Pure Python, no torch.
+"""Routes through a family of anchors: segments, joints, stitches and budgets. Pure Python.
 
-An anchor is a chain: stem, L blocks, head. `cut p` is the place after p blocks (0 = after the stem, L = before the
-head). A segment is blocks start..stop-1 of one anchor, a route is the segments of a stitch in order. An anchor is a
-route of one segment, a stitch of the paper (Pan et al., CVPR 2023, equation 3) one of two; nothing here assumes how
-many there are.
+An anchor is a chain: stem, L blocks, neck, head. `cut p` is the place after p blocks (0 = after the stem, L = before
+the neck). A route is the segments of a stitch in order: one for an anchor, two for a stitch of the paper (Pan et al.,
+CVPR 2023, equation 3); nothing here assumes how many there are.
 """
 
 import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-_NUMBER = r"(0|[1-9]\d*)"
+from .schema import read, write
+
 _SHOWN = 4  # stitches at either end of a long list
 _FIGURES = ("flops", "params", "latency_ms", "memory_mb")
 _ARCHITECTURE = re.compile(r"[\w.-]+")
-_LAYER_NAME = re.compile(rf"{_NUMBER}-{_NUMBER}\.{_NUMBER}")
+_LAYER_NAME = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*)\.(0|[1-9]\d*)")
 
 
 class Segment(NamedTuple):
@@ -53,16 +53,30 @@ class AnchorShape:
     Attributes:
         stages: number of blocks of each stage; a plain transformer has one stage.
         cuts: what flows at cut 0..L, so one more than there are blocks.
-        layout: the layout of the features between blocks: "NCHW", "NHWC", "NLC", or "UNITS" (tokens in Hiera's order).
+        layout: of the features between blocks: batch N, channels C, grid height H and width W, tokens L (prefix tokens,
+            then the grid row by row; of "UNITS" in the order of Hiera's mask units).
         prefix_tokens: tokens before the grid (class, distillation, register tokens); 0 unless the layout is NLC.
         prefix_names: what each of them is, such as "cls_token"; empty where it is not known.
     """
 
     stages: tuple[int, ...]
     cuts: tuple[Cut, ...]
-    layout: str
+    layout: Literal["NCHW", "NHWC", "NLC", "UNITS"]
     prefix_tokens: int = 0
     prefix_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what fits together nowhere."""
+        if (
+            len(self.cuts) != self.depth + 1
+            or min((*self.stages, *(n for cut in self.cuts for n in cut)), default=0) < 1
+        ):
+            raise ValueError(
+                f"stages {list(self.stages)} and {len(self.cuts)} cuts disagree, or one is below 1; there must be one "
+                "cut more than blocks"
+            )
+        if self.prefix_tokens < 0 or len(self.prefix_names) not in (0, self.prefix_tokens):
+            raise ValueError(f"{self.prefix_tokens} prefix_tokens have the prefix_names {list(self.prefix_names)}")
 
     @property
     def depth(self) -> int:
@@ -71,43 +85,7 @@ class AnchorShape:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only, the form it has in `config.json`."""
-        shape: dict[str, Any] = {
-            "depth": self.depth,
-            "stages": list(self.stages),
-            "cuts": [list(cut) for cut in self.cuts],
-            "layout": self.layout,
-            "prefix_tokens": self.prefix_tokens,
-        }
-        return {**shape, "prefix_names": list(self.prefix_names)} if self.prefix_names else shape
-
-    @classmethod
-    def from_dict(cls, anchor: Mapping[str, Any]) -> "AnchorShape":
-        """The inverse of `to_dict`; further keys are left alone.
-
-        Raises:
-            ValueError: a key is missing, or depth, stages and cuts disagree.
-        """
-        missing = [key for key in ("architecture", "depth", "stages", "cuts", "layout", "chain") if key not in anchor]
-        if missing:
-            raise ValueError(f"an anchor of the config lacks {missing}; it has {sorted(anchor)}")
-        if anchor["layout"] not in ("NCHW", "NHWC", "NLC", "UNITS"):
-            raise ValueError(f"the layout of an anchor is 'NCHW', 'NHWC', 'NLC' or 'UNITS', got {anchor['layout']!r}")
-        if not all(_is_list(cut) and len(cut) == 3 and all(type(n) is int for n in cut) for cut in anchor["cuts"]):
-            raise ValueError(f"the cuts of an anchor are [channels, height, width] each, got {anchor['cuts']}")
-        shape = cls(
-            stages=tuple(anchor["stages"]),
-            cuts=tuple(Cut(*cut) for cut in anchor["cuts"]),
-            layout=anchor["layout"],
-            prefix_tokens=anchor.get("prefix_tokens", 0),
-            prefix_names=tuple(anchor.get("prefix_names", ())),
-        )
-        if shape.depth != anchor["depth"] or len(shape.cuts) != shape.depth + 1:
-            raise ValueError(
-                f"anchor {anchor.get('architecture')!r} of the config has depth {anchor['depth']}, stages "
-                f"{list(shape.stages)} and {len(shape.cuts)} cuts; depth must be the sum of the stages, and the cuts "
-                "one more"
-            )
-        return shape
+        return {"depth": self.depth, **write(self)}
 
 
 def carried_tokens(source: AnchorShape, target: AnchorShape) -> tuple[int | None, ...]:
@@ -128,7 +106,7 @@ def why_not_joined(source: AnchorShape, stop: int, target: AnchorShape, start: i
     before, after = source.cuts[stop], target.cuts[start]
     if (source.layout == "UNITS") != (target.layout == "UNITS"):
         return "tokens in the order of mask units (Hiera) meet a grid; they can be joined to their like only"
-    if (before.height, before.width) != (after.height, after.width) and (resize is None or source.layout == "UNITS"):
+    if before[1:] != after[1:] and (resize is None or source.layout == "UNITS"):
         return (
             f"a stitching layer needs equal grids, but there are {before.height}x{before.width} and "
             f"{after.height}x{after.width}" + ("" if source.layout == "UNITS" else "; resize='bilinear' joins them")
@@ -152,10 +130,9 @@ class Stitch:
         flops: multiply-adds plus normalisation terms of one image (the convention of the paper and fvcore).
         params: parameters, as many as `extract` holds.
         latency_ms: predicted milliseconds of one call, None until calibrated.
-        memory_mb: predicted peak of memory of one call, in 10^6 bytes, the weights of this stitch alone included; None
-            until calibrated.
-        metrics: measured figures, e.g. {"accuracy": 0.97}; empty until evaluated. No figure is infinite or NaN: where a
-            config or a measurement has such a one, it is left out.
+        memory_mb: predicted peak of memory of one call, in 10^6 bytes, the weights of this stitch alone included.
+        metrics: measured figures, e.g. {"accuracy": 0.97}. A figure that is infinite or NaN is left out: JSON has no
+            such numbers, and no stitch could be chosen by them.
         skips_neck: whether the head takes the features of the last block as they are, without the back anchor's final
             norm. Only weights that were trained so want it: the authors' DeiT stitches.
     """
@@ -163,20 +140,33 @@ class Stitch:
     id: int
     route: tuple[Segment, ...]
     layers: tuple[str, ...] = ()
-    flops: int | None = None
-    params: int | None = None
+    flops: float | None = None
+    params: float | None = None
     latency_ms: float | None = None
     memory_mb: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     skips_neck: bool = False
 
     def __post_init__(self) -> None:
-        """Leave out what is not finite: JSON has no such numbers, and no stitch could be chosen by them."""
+        """Leave out what is not finite, and refuse costs below 0."""
         for name in _FIGURES:
-            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
+            figure = getattr(self, name)
+            if figure is not None and not math.isfinite(figure):
                 object.__setattr__(self, name, None)
+            elif figure is not None and figure < 0:
+                raise ValueError(f"{name} of stitch {self.id} is below 0: {figure!r}")
         metrics = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
         object.__setattr__(self, "metrics", metrics)
+
+    @property
+    def mean_flops(self) -> float | None:
+        """Those of an image on average, as every choice has them: of a stitch the same for all."""
+        return self.flops
+
+    @property
+    def max_flops(self) -> float | None:
+        """Those of the dearest image."""
+        return self.flops
 
     @property
     def is_anchor(self) -> bool:
@@ -194,48 +184,96 @@ class Stitch:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only, the form it has in `config.json`; what is not known yet is left out."""
-        known: dict[str, Any] = {
-            "id": self.id,
-            "route": [list(segment) for segment in self.route],
-            "layers": list(self.layers),
-        }
-        if self.skips_neck:
-            known["skips_neck"] = True
-        for name in _FIGURES:
-            if getattr(self, name) is not None:
-                known[name] = getattr(self, name)
-        if self.metrics:
-            known["metrics"] = dict(self.metrics)
-        return known
+        return write(self)
 
     @classmethod
-    def from_dict(cls, stitch: Mapping[str, Any]) -> "Stitch":
+    def from_dict(cls, stitch: Any, path: str = "a stitch") -> "Stitch":
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: an unknown key, no id or route, a segment that is not three integers, or a figure that is no
-                number.
+            ValueError: what a stitch is not made of; names the place, whose beginning is `path`.
         """
-        unknown = set(stitch) - set(cls.__dataclass_fields__)
-        if unknown or "id" not in stitch or "route" not in stitch:
-            known = ", ".join(cls.__dataclass_fields__)
-            raise ValueError(f"a stitch is {{{known}}} with at least id and route; got {sorted(stitch)}")
-        route, layers = stitch["route"], stitch.get("layers", ())
-        if not _is_list(route) or not all(_is_list(segment) for segment in route):
-            raise ValueError(f"stitch {stitch['id']}: the route must be a list of segments, got {route!r}")
-        if not _is_list(layers) or not all(isinstance(name, str) for name in layers):
-            raise ValueError(f"stitch {stitch['id']}: layers must be a list of names, got {layers!r}")
-        for segment in route:
-            if len(segment) != 3 or not all(type(number) is int for number in segment):
-                raise ValueError(f"stitch {stitch['id']}: segment {segment} is not [anchor, start, stop] in integers")
-        figures, metrics = {name: stitch.get(name) for name in _FIGURES}, stitch.get("metrics", {})
-        if not isinstance(metrics, Mapping):
-            raise ValueError(f"stitch {stitch['id']}: the metrics must be figures by name, got {metrics!r}")
-        for name, figure in {**figures, **metrics}.items():
-            if not _is_number(figure) and (figure is not None or name in metrics):
-                raise ValueError(f"stitch {stitch['id']}: {name} must be a number, got {figure!r}")
-        segments = tuple(Segment(*segment) for segment in route)
-        return cls(**{**stitch, "route": segments, "layers": tuple(layers)})
+        return read(cls, stitch, path)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a cascade.
+
+    Attributes:
+        stitch: the id of the stitch that it runs.
+        flops: what it adds per image that gets so far: its stitch's FLOPs without those of the beginning it shares with
+            an earlier stage.
+        score: what it is compared with its threshold by, of softmax(logits / temperature).
+        threshold: an image goes on to the next stage while its score is below; None of the last.
+        temperature: of its logits.
+        combine: what answers an image for which this stage is the last: its logits, or the "mean" of logits /
+            temperature over all stages that ran.
+    """
+
+    stitch: int
+    flops: float
+    score: Literal["max_probability", "margin"] | None = None
+    threshold: float | None = None
+    temperature: float = 1.0
+    combine: Literal["last", "mean"] = "last"
+
+    def __post_init__(self) -> None:
+        """Refuse what no image could meet."""
+        if (self.score is None) != (self.threshold is None) or not 0 <= (self.threshold or 0) <= 1:
+            raise ValueError(f"a threshold is a number from 0 to 1 of a score, got {self.threshold} of {self.score}")
+        if not (0 < self.temperature < math.inf and 0 <= self.flops < math.inf):
+            raise ValueError(f"temperature and flops must be finite and above 0: {self.temperature}, {self.flops}")
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Stitches of growing cost, of which each image runs as many as it needs.
+
+    Attributes:
+        id: the number by which it is chosen.
+        stages: cheapest first.
+        flops: mean FLOPs per image, where its thresholds were chosen.
+        max_flops: those of an image that goes through all stages.
+        metrics: measured figures, such as {"accuracy": 0.97}, and the "gain" over the best stitch of the same cost.
+        interval: the 95 % interval of this gain.
+        images: how many images decided.
+        dataset: which.
+        split: of the data set.
+        latency_ms: predicted milliseconds of one image on average.
+        latency_p95_ms: those that 95 % of the images stay below.
+    """
+
+    id: int
+    stages: tuple[Stage, ...]
+    flops: float
+    max_flops: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
+    images: int | None = None
+    dataset: str = ""
+    split: str = ""
+    latency_ms: float | None = None
+    latency_p95_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse stages that are no cascade."""
+        open_ended = [stage.threshold is None for stage in self.stages]
+        if len(self.stages) < 2 or open_ended != [False] * (len(self.stages) - 1) + [True]:
+            raise ValueError("a cascade has at least two stages, each but the last with a threshold")
+        if len({stage.stitch for stage in self.stages}) < len(self.stages):
+            raise ValueError("the stages of a cascade are different stitches")
+        if not 0 < self.flops <= self.max_flops < math.inf:
+            raise ValueError(f"flops must be above 0 and at most max_flops, got {self.flops} and {self.max_flops}")
+
+    @property
+    def mean_flops(self) -> float:
+        """Those of an image on average, as every choice has them."""
+        return self.flops
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only, the form it has in `config.json`."""
+        return write(self)
 
 
 class Stitches(tuple[Stitch, ...]):
@@ -279,13 +317,13 @@ def check_stitches(stitches: Sequence[Stitch], depths: Sequence[int]) -> None:
     if not stitches:
         raise ValueError("the config has no stitch; a stitchable model needs at least one")
     times = Counter(stitch.id for stitch in stitches)
-    for stitch in stitches:
-        check_integer(stitch.id, "stitch id")
+    for index, stitch in enumerate(stitches):
         if times[stitch.id] > 1:
-            raise ValueError(f"stitch id {stitch.id} occurs {times[stitch.id]} times; ids must be unique")
+            raise ValueError(f"stitches[{index}]: id {stitch.id} occurs {times[stitch.id]} times; ids must be unique")
         problem = _problem_of_route(stitch, depths)
         if problem:
-            raise ValueError(f"stitch {stitch.id}, route {[list(segment) for segment in stitch.route]}: {problem}")
+            route = [list(segment) for segment in stitch.route]
+            raise ValueError(f"stitches[{index}].route: stitch {stitch.id}, {route}: {problem}")
 
 
 def _problem_of_route(stitch: Stitch, depths: Sequence[int]) -> str | None:
@@ -313,95 +351,129 @@ def _problem_of_route(stitch: Stitch, depths: Sequence[int]) -> str | None:
     for name, front, back in stitch.joints:
         match = _LAYER_NAME.fullmatch(name)
         if match is None or (int(match[1]), int(match[2])) != (front.anchor, back.anchor):
-            return (
-                f"unknown stitching layer {name!r}, between anchors {front.anchor} and {back.anchor} it must be "
-                f"named '{front.anchor}-{back.anchor}.INDEX'"
-            )
+            wanted = layer_name(front.anchor, back.anchor, 0)
+            return f"unknown stitching layer {name!r}, between these anchors it must be like {wanted!r}"
     return None
 
 
-def find_stitch(stitches: Sequence[Stitch], stitch_id: int | None, left_out: Sequence[int] = ()) -> Stitch:
+def find_stitch(stitches: Sequence[Stitch], stitch_id: Any, left_out: Collection[int] = ()) -> Stitch:
     """The stitch with this id.
 
-    Args:
-        stitches: those there are.
-        stitch_id: the one that is wanted.
-        left_out: ids of stitches that are known, but were not loaded.
-
     Raises:
-        ValueError: not an integer, or no stitch has it.
+        ValueError: not an integer, or no such stitch (names the nearest); says so where the checkpoint has it.
     """
     wanted = check_integer(stitch_id, "stitch_id")
     for stitch in stitches:
         if stitch.id == wanted:
             return stitch
     ids = [stitch.id for stitch in stitches]
-    nearest = min(ids, key=lambda known: abs(known - wanted))
+    if len(ids) == 1:
+        listed = f"stitch {ids[0]} only"
+    else:
+        listed = f"stitches {ids[0]}..{ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else f"stitches {ids}"
     if wanted in left_out:
         raise ValueError(
-            f"stitch {wanted} was left out of this model, which has {_listed(ids)}; load the checkpoint without "
-            "stitch_id and max_flops, or with others"
+            f"stitch {wanted} was left out of this model, which has {listed}; load the checkpoint without stitch_id "
+            "and max_flops, or with others"
         )
-    raise ValueError(f"stitch_id {wanted} is out of range: this model has {_listed(ids)}; the nearest is {nearest}")
+    nearest = min(ids, key=lambda known: abs(known - wanted))
+    raise ValueError(f"stitch_id {wanted} is out of range: this model has {listed}; the nearest is {nearest}")
 
 
-def best_within(
-    stitches: Sequence[Stitch],
-    *,
-    flops: float | None = None,
-    params: float | None = None,
-    latency_ms: float | None = None,
-    memory_mb: float | None = None,
-    metric: str = "accuracy",
-) -> Stitch:
-    """The stitch with the highest `metric` among those within every bound given.
-
-    Among equals the one with fewer FLOPs wins. Where none within the bounds has been measured, the largest FLOPs win.
-
-    Args:
-        stitches: the candidates.
-        flops: upper bound on multiply-adds plus normalisation terms, per image.
-        params: upper bound on parameters.
-        latency_ms: upper bound on milliseconds per call; only calibrated stitches have one.
-        memory_mb: upper bound on the peak of memory, in 10^6 bytes; only calibrated stitches have one.
-        metric: the key of `Stitch.metrics` to maximise; one that is better when higher.
+def find_cascade(cascades: Sequence[Cascade], cascade_id: Any, stitches: Sequence[Stitch]) -> Cascade:
+    """The cascade with this id.
 
     Raises:
-        ValueError: no bound, a bound that is no positive number, a bound on something no stitch carries, a metric no
-            stitch has although others were measured, or no stitch within the bounds (names the cheapest).
+        ValueError: not an integer, no such cascade, or one of stitches that are not among these.
     """
-    _check_metric(stitches, metric)
-    affordable = within(stitches, flops=flops, params=params, latency_ms=latency_ms, memory_mb=memory_mb)
-    measured = [stitch for stitch in affordable if is_measured(stitch, metric)]
-    if measured:
-        return max(measured, key=lambda stitch: (stitch.metrics[metric], -(stitch.flops or 0)))
-    return max(affordable, key=lambda stitch: stitch.flops or 0)
+    wanted = check_integer(cascade_id, "cascade")
+    found = next((cascade for cascade in cascades if cascade.id == wanted), None)
+    if found is None:
+        raise ValueError(f"there is no cascade {wanted}; this model has {[x.id for x in cascades] or 'none'}")
+    missing = {stage.stitch for stage in found.stages} - {stitch.id for stitch in stitches}
+    if missing:
+        raise ValueError(f"cascade {wanted} runs stitches {sorted(missing)}, left out here; load with cascade={wanted}")
+    return found
 
 
-def is_measured(stitch: Stitch, metric: str) -> bool:
-    """Whether a stitch has a figure of this metric that can be compared."""
-    return math.isfinite(stitch.metrics.get(metric, math.nan))
-
-
-def within(stitches: Sequence[Stitch], **given: float | None) -> list[Stitch]:
-    """The stitches within every bound that is given, by the names and with the errors of `best_within`."""
-    bounds = {name: _check_bound(bound, name) for name, bound in given.items() if bound is not None}
-    if not bounds:
-        raise ValueError("a budget needs at least one of flops, params, latency_ms and memory_mb")
-    for name in bounds:
-        if all(getattr(stitch, name) is None for stitch in stitches):
-            hint = (
-                "; stitchable.calibrate(model) predicts it for this device"
-                if name in ("latency_ms", "memory_mb")
-                else ""
+def check_cascades(cascades: Sequence[Cascade], stitches: Sequence[Stitch], left_out: Collection[int] = ()) -> None:
+    """Refuse cascades of unknown stitches, or whose stages do not grow in cost; those left out may be missing."""
+    flops, ids = {stitch.id: stitch.flops for stitch in stitches}, [cascade.id for cascade in cascades]
+    for number, cascade in enumerate(cascades):
+        stages = [stage.stitch for stage in cascade.stages]
+        unknown = set(stages) - set(flops) - set(left_out)
+        costs = [cost for stitch in stages if (cost := flops.get(stitch)) is not None]
+        if unknown or costs != sorted(costs) or ids.count(cascade.id) > 1:
+            raise ValueError(
+                f"cascades[{number}]: the stitches of its stages, {stages}, must be known and grow in cost, and its id "
+                f"{cascade.id} be unique" + (f"; there is no stitch {min(unknown)}" if unknown else "")
             )
+
+
+Choice = Stitch | Cascade
+"""What a budget chooses among."""
+
+
+def best_within(choices: Sequence[Choice], *, metric: str = "accuracy", **bounds: float | None) -> Choice:
+    """The choice with the highest `metric` among those within every bound given; of equals, that with fewer mean FLOPs.
+
+    Where none within the bounds has been measured, the largest FLOPs win.
+
+    Args:
+        choices: stitches and cascades.
+        metric: the key of `metrics` to maximise; one that is better when higher.
+        bounds: as for `within`.
+
+    Raises:
+        ValueError: as `within`, or a metric that nothing has although others were measured.
+    """
+    if metric == "loss":
+        raise ValueError("a budget maximises its metric, and a loss is better when it is lower; choose another")
+    known = {name for choice in choices for name in choice.metrics}
+    if known and metric not in known:
+        raise ValueError(f"no stitch has been measured by {metric!r}; there are {sorted(known)}")
+    affordable = within(choices, **bounds)
+    measured = [choice for choice in affordable if metric in choice.metrics]
+    if measured:
+        return max(measured, key=lambda choice: (choice.metrics[metric], -(choice.mean_flops or 0)))
+    return max(affordable, key=lambda choice: choice.mean_flops or 0)
+
+
+def within(choices: Sequence[Choice], **bounds: float | None) -> list[Choice]:
+    """The choices within every bound that is given.
+
+    Args:
+        choices: stitches and cascades.
+        bounds: `flops` (multiply-adds plus normalisation terms of every image), `mean_flops` (on average), `params`,
+            and where they are calibrated `latency_ms` (milliseconds per call) and `memory_mb` (10^6 bytes at the peak).
+
+    Raises:
+        ValueError: no bound, a bound that is no positive number or on something that nothing carries, or nothing within
+            the bounds (names the cheapest).
+    """
+    given = {name: _check_bound(bound, name) for name, bound in bounds.items() if bound is not None}
+    if not given:
+        raise ValueError(f"a budget needs at least one of mean_flops, {', '.join(_FIGURES)}")
+    costs = {name: [(x, cost) for x in choices if (cost := _cost(x, name)) < math.inf] for name in given}
+    for name, carriers in costs.items():
+        if not carriers:
+            calibrated = name in ("latency_ms", "memory_mb")
+            hint = "; stitchable.calibrate(model) predicts it for this device" if calibrated else ""
             raise ValueError(f"no stitch of this model carries {name}, so it cannot be a budget{hint}")
-    affordable = [stitch for stitch in stitches if all(_within(stitch, name, bounds[name]) for name in bounds)]
+    affordable = [x for x in choices if all(_cost(x, name) <= bound for name, bound in given.items())]
     if not affordable:
-        asked = ", ".join(f"{name} <= {bound:g}" for name, bound in bounds.items())
-        cheapest = "; ".join(f"by {name} {_cheapest(stitches, name)}" for name in bounds)
-        raise ValueError(f"no stitch is within {asked}; the cheapest is, {cheapest}")
+        asked = ", ".join(f"{name} <= {bound:g}" for name, bound in given.items())
+        cheapest = {name: min(carriers, key=lambda pair: pair[1]) for name, carriers in costs.items()}
+        found = "; ".join(
+            f"by {name} {type(x).__name__.lower()} {x.id} ({name} {cost:g})" for name, (x, cost) in cheapest.items()
+        )
+        raise ValueError(f"no stitch is within {asked}; the cheapest is, {found}")
     return affordable
+
+
+def _cost(choice: Choice, name: str) -> float:
+    cost = getattr(choice, "max_flops" if name == "flops" else name, None)
+    return math.inf if cost is None else cost
 
 
 def restrict(
@@ -419,53 +491,36 @@ def restrict(
         ValueError: no stitch has this id, or none is within these FLOPs.
     """
     if stitch_id is not None:
-        chosen = find_stitch(stitches, stitch_id)
+        default = find_stitch(stitches, stitch_id).id
         if max_flops is None:
-            return [chosen], chosen.id
-        default = chosen.id
-    best = best_within(stitches, flops=max_flops)
-    kept = [stitch for stitch in stitches if stitch.flops is not None and stitch.flops <= float(max_flops or 0)]
+            return [find_stitch(stitches, stitch_id)], default
+    kept: Any = within(stitches, flops=max_flops)
     if any(stitch.id == default for stitch in kept):
         return kept, default
     if stitch_id is not None:
         raise ValueError(f"stitch_id {stitch_id} is beyond max_flops {max_flops:g}; give one of them")
-    return kept, best.id
+    return kept, best_within(stitches, flops=max_flops).id
 
 
 def pareto_front(stitches: Iterable[Stitch], metric: str = "accuracy") -> list[Stitch]:
     """The measured stitches that no other beats in both FLOPs and metric, cheapest first."""
     front: list[Stitch] = []
-    measured = [stitch for stitch in stitches if is_measured(stitch, metric) and stitch.flops is not None]
+    measured = [stitch for stitch in stitches if metric in stitch.metrics and stitch.flops is not None]
     for stitch in sorted(measured, key=lambda stitch: (stitch.flops, -stitch.metrics[metric])):
         if not front or stitch.metrics[metric] > front[-1].metrics[metric]:
             front.append(stitch)
     return front
 
 
-def _listed(ids: Sequence[int]) -> str:
-    if len(ids) == 1:
-        return f"stitch {ids[0]} only"
-    return f"stitches {ids[0]}..{ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else f"stitches {ids}"
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
-
-
 def check_integer(value: Any, name: str) -> int:
     """`value` as an int.
 
     Raises:
-        ValueError: it is not an integer (a boolean is none here).
+        ValueError: it is not an integer (a boolean is none here: set_stitch(True) is a mistake).
     """
-    # bool is an int in Python, but set_stitch(True) is a mistake.
-    if isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
     try:
+        if isinstance(value, bool):
+            raise TypeError("true and false are no numbers")
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {value!r} ({type(value).__name__})") from None
@@ -479,21 +534,3 @@ def _check_bound(bound: Any, name: str) -> float:
     if math.isnan(number) or number <= 0:
         raise ValueError(f"the budget {name} must be a positive number, got {bound!r}")
     return number
-
-
-def _check_metric(stitches: Sequence[Stitch], metric: str) -> None:
-    if metric == "loss":
-        raise ValueError("a budget maximises its metric, and a loss is better when it is lower; choose another")
-    known = {name for stitch in stitches for name in stitch.metrics}
-    if known and metric not in known:
-        raise ValueError(f"no stitch has been measured by {metric!r}; there are {sorted(known)}")
-
-
-def _within(stitch: Stitch, name: str, bound: float) -> bool:
-    cost = getattr(stitch, name)
-    return cost is not None and cost <= bound
-
-
-def _cheapest(stitches: Sequence[Stitch], name: str) -> str:
-    stitch = min((stitch for stitch in stitches if getattr(stitch, name) is not None), key=operator.attrgetter(name))
-    return f"stitch {stitch.id} ({name} {getattr(stitch, name):g})"

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +23,65 @@ from transformers.utils import (
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.*.safetensors", "model.safetensors.index*.json"]
 """Patterns of the files of weights, of any variant."""
 
+_ANCHOR = re.compile(r"anchors\.(\d+)\.")
 _OLD_LAYER = re.compile(r"stitching_layers\.[^.]+\.\d+\.(weight|bias)")  # when they were Linears themselves
-_SHARD = r"model-(anchor-\d+|stitching-layers)"
 
 
-def split_weights(folder: str | os.PathLike, variant: str | None = None) -> None:
-    """Replace the `model.safetensors` of a folder by a file per anchor, one for the stitching layers, and their index.
+@contextmanager
+def writing(
+    folder: str | os.PathLike,
+    weights: Mapping[str, torch.Tensor],
+    variant: str | None,
+    load: Callable[[str], torch.Tensor],
+) -> Iterator[None]:
+    """Write the weights beside the files of a folder, which they replace when what is done meanwhile has succeeded.
 
-    Weights of a single part stay one file. Whenever this is interrupted, the folder holds a complete checkpoint.
+    There is a file per anchor, one for the stitching layers, and their index; weights of a single part are one file.
+
+    Args:
+        folder: made where it does not exist.
+        weights: by name.
+        variant: of `save_pretrained`.
+        load: what loads a weight by name that is offloaded.
     """
     folder = Path(folder)
-    whole, index = (folder / _with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if not whole.exists():  # such as an adapter, which transformers saves in its own way
-        return
-    pattern = re.compile(_with_variant(f"{_SHARD}.safetensors", variant).replace(".", r"\."))
-    stale = {path for path in folder.iterdir() if pattern.fullmatch(path.name)} | {index}
-    with safe_open(whole, framework="pt") as weights:
-        names = list(weights.keys())
-        weight_map = {name: _with_variant(_shard_of(name), variant) for name in names}
-        if len(set(weight_map.values())) > 1:
-            total_size = 0
-            for shard in sorted(set(weight_map.values())):
-                tensors = {name: weights.get_tensor(name) for name in names if weight_map[name] == shard}
-                save_file(tensors, folder / shard, metadata={"format": "pt"})
-                total_size += sum(tensor.nbytes for tensor in tensors.values())
-            content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-            index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            stale -= {index, *(folder / shard for shard in weight_map.values())}
-            stale |= {whole}  # it would win over the index
-    for path in stale:
-        path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole, index = (_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    weight_map = {name: _with_variant(_shard_of(name), variant) for name in weights}
+    if len(set(weight_map.values())) == 1:
+        weight_map = dict.fromkeys(weights, whole)
+    finished: dict[Path, str] = {}
+    try:
+        for shard in sorted(set(weight_map.values())):
+            finished[folder / f"{shard}.unfinished"] = shard
+            tensors = {name: load(name) if x.is_meta else x for name, x in weights.items() if weight_map[name] == shard}
+            content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(content, folder / f"{shard}.unfinished", metadata={"format": "pt"})
+        if len(finished) > 1:
+            finished[folder / f"{index}.unfinished"] = index
+            total = {"total_size": sum(tensor.nbytes for tensor in weights.values())}
+            text = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2)
+            (folder / f"{index}.unfinished").write_text(text + "\n", encoding="utf-8")
+        yield
+        ours = re.compile(
+            re.escape(_with_variant("model-X.safetensors", variant)).replace("X", r"(anchor-\d+|stitching-layers)")
+        )
+        for path in [*folder.iterdir(), folder / whole, folder / index]:
+            if (path.name in (whole, index) or ours.fullmatch(path.name)) and path.name not in finished.values():
+                path.unlink(missing_ok=True)  # a file of the whole model would win over an index
+        for path, name in finished.items():
+            path.replace(folder / name)
+    finally:
+        for path in finished:
+            path.unlink(missing_ok=True)
 
 
-def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) -> dict[str, list[str]]:
-    """The files of a checkpoint that hold the `needed` weights, downloaded if it is on the Hub.
+def find_shards(source: str | os.PathLike, is_needed: Callable[[str], bool], **hub: Any) -> dict[str, list[str]]:
+    """The files of a checkpoint that hold the weights that are needed, downloaded if it is on the Hub.
 
     Args:
         source: a folder, or the id of a repository on the Hub.
-        needed: names of weights.
+        is_needed: whether a weight of this name is needed.
         hub: `variant`, and where to look: `cache_dir`, `force_download`, `local_files_only`, `proxies`, `token`,
             `revision`, `subfolder`.
 
@@ -71,46 +93,43 @@ def find_shards(source: str | os.PathLike, needed: Collection[str], **hub: Any) 
         ValueError: an index that is none, or a checkpoint that holds none of the weights.
     """
     variant = hub.pop("variant", None)
-    stored: set[str] = set()
     names = [_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     whole = cached_file(source, names[0], _raise_exceptions_for_missing_entries=False, **hub)
-    if whole is not None:
-        stored = set(_names_in(whole))
-        files = {whole: sorted(stored & set(needed))}
-    else:
-        index = cached_file(source, names[1], _raise_exceptions_for_missing_entries=False, **hub)
-        if index is None:
-            raise OSError(
-                f"{source} has no file named {names[0]} or {names[1]}; other weights, such as pytorch_model.bin, are "
-                "not read: convert them to safetensors where they come from"
-            )
-        weight_map = _read_index(index)
-        stored = set(weight_map)
-        wanted: dict[str, list[str]] = {}
-        for name in sorted(set(needed) & set(weight_map)):
-            wanted.setdefault(weight_map[name], []).append(name)
-        files = {_fetch(source, shard, names[1], **hub): members for shard, members in wanted.items()}
-        for path, members in files.items():
-            missing = set(members) - set(_names_in(path))
-            if missing:
-                raise OSError(f"{path} lacks {len(missing)} weights that {names[1]} places there, e.g. {min(missing)}")
-    old = next((name for name in stored if _OLD_LAYER.fullmatch(name)), None)
+    index = None if whole else cached_file(source, names[1], _raise_exceptions_for_missing_entries=False, **hub)
+    if whole is None and index is None:
+        raise OSError(
+            f"{source} has no file named {names[0]} or {names[1]}; other weights, such as pytorch_model.bin, are "
+            "not read: convert them to safetensors where they come from"
+        )
+    weight_map = dict.fromkeys(_names_in(whole), whole) if whole else _read_index(str(index))
+    old = next((name for name in weight_map if _OLD_LAYER.fullmatch(name)), None)
     if old:
         raise ValueError(
             f"{source} was saved by an older stitchable, whose stitching layers have other names ({old!r} is "
             f"'{'.linear.'.join(old.rsplit('.', 1))}' now); make it again, or rename these weights in its files"
         )
-    if not any(files.values()):
+    wanted: dict[str, list[str]] = {}
+    for name in filter(is_needed, sorted(weight_map)):
+        wanted.setdefault(weight_map[name], []).append(name)
+    if not wanted:
         raise ValueError(f"the weights of {source} are those of another model: it has none of this model's")
+    if whole:
+        return wanted
+    files = {}
+    for shard, members in wanted.items():
+        try:
+            path = str(cached_file(source, shard, **hub))
+        except OSError as error:
+            raise OSError(f"{names[1]} of {source} names {shard}, which cannot be had: {error}") from error
+        missing = set(members) - set(_names_in(path))
+        if missing:
+            raise OSError(f"{path} lacks {len(missing)} weights that {names[1]} places there, e.g. {min(missing)}")
+        files[path] = members
     return files
 
 
 def find_adapter(source: str | os.PathLike, **hub: Any) -> str | None:
     """The local folder of a checkpoint in which an adapter of PEFT lies beside the weights; None where there is none.
-
-    Args:
-        source: a folder, or the id of a repository on the Hub.
-        hub: as for `find_shards`, without `variant`.
 
     Raises:
         OSError: the configuration of an adapter without its weights as safetensors.
@@ -140,22 +159,13 @@ def read_weights(files: Mapping[str, Collection[str]]) -> dict[str, torch.Tensor
 
 
 def _shard_of(name: str) -> str:
-    anchor = re.match(r"anchors\.(\d+)\.", name)
+    anchor = _ANCHOR.match(name)
     return f"model-anchor-{anchor[1]}.safetensors" if anchor else "model-stitching-layers.safetensors"
 
 
 def _with_variant(name: str, variant: str | None) -> str:
     stem, suffix = name.rsplit(".", 1)
     return name if variant is None else f"{stem}.{variant}.{suffix}"
-
-
-def _fetch(source: str | os.PathLike, shard: str, index: str, **hub: Any) -> str:
-    try:
-        path = cached_file(source, shard, **hub)
-    except OSError as error:
-        raise OSError(f"{index} of {source} names {shard}, which cannot be had: {error}") from error
-    assert path is not None  # else it raises
-    return path
 
 
 def _read_index(path: str) -> dict[str, str]:

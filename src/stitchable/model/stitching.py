@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .chain import Layout
 from .operations import Grid
 from .routes import AnchorShape, carried_tokens
 
@@ -21,7 +20,7 @@ class Side:
     """One side of a stitching layer: what flows through a cut of an anchor."""
 
     channels: int
-    layout: Layout
+    layout: str
     grid: Grid
     prefix_tokens: int
 
@@ -29,7 +28,12 @@ class Side:
     def of(cls, shape: AnchorShape, cut: int) -> "Side":
         """That of a cut of an anchor."""
         channels, height, width = shape.cuts[cut]
-        return cls(channels, Layout(shape.layout), (height, width), shape.prefix_tokens)
+        return cls(channels, str(shape.layout), (height, width), shape.prefix_tokens)
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether features are (N, L, C)."""
+        return self.layout in ("NLC", "UNITS")
 
 
 class StitchingLayer(nn.Module):
@@ -42,21 +46,16 @@ class StitchingLayer(nn.Module):
         linear: the map: weight (out_channels, in_channels), bias (out_channels,), whatever the layouts. It is a plain
             `nn.Linear` that sees channels last, so that what replaces Linears (LoRA, quantisation) can replace it. The
             default initialisation is that of PyTorch's 1x1 convolution (Kaiming uniform).
+        source: the front anchor's cut.
+        target: the back anchor's cut.
+        carried: for each prefix token of the target which one of the source becomes it, None for the target's own.
     """
 
     def __init__(self, source: Side, target: Side, carried: Sequence[int | None] = ()) -> None:
-        """Describe both sides.
-
-        Args:
-            source: the front anchor's cut.
-            target: the back anchor's cut.
-            carried: for each prefix token of the target which one of the source becomes it, None for the target's own.
-        """
         super().__init__()
         self.linear = nn.Linear(source.channels, target.channels)
-        self.source = source
-        self.target = target
-        self.carried = tuple(carried)
+        self.source, self.target, self.carried = source, target, tuple(carried)
+        self._maps_all = source.grid == target.grid and self.carried == tuple(range(source.prefix_tokens))
 
     @classmethod
     def between(cls, source: AnchorShape, stop: int, target: AnchorShape, start: int) -> "StitchingLayer":
@@ -79,9 +78,18 @@ class StitchingLayer(nn.Module):
         Args:
             features: as they flow through the front anchor's cut.
             own_prefix: the target's own prefix tokens (1, tokens, C); read only where the source lacks some.
+
+        Raises:
+            ValueError: features of another layout, or no prefix tokens where they are needed.
         """
         source, target = self.source, self.target
-        if source.grid == target.grid and self.carried == tuple(range(source.prefix_tokens)):
+        shape, channels = features.shape, 1 if source.layout == "NCHW" else -1
+        if len(shape) != (3 if source.is_tokens else 4) or shape[channels] != source.channels:
+            raise ValueError(
+                f"the layout of the front anchor is {source.layout} with {source.channels} channels by the config, but "
+                f"its features are {tuple(shape)}"
+            )
+        if self._maps_all:
             return from_channels_last(self.linear(to_channels_last(features, source.layout)), target)
         x = grid_of(features, source)
         if smaller(target.grid, source.grid):
@@ -89,52 +97,47 @@ class StitchingLayer(nn.Module):
         x = resize(self.linear(x), target.grid)
         if not self.carried:
             return from_channels_last(x, target)
-        mapped = {i: self.linear(features[:, i : i + 1]) for i in self.carried if i is not None}
-        prefix = [
-            self._own(own_prefix, place, x.shape[0]) if i is None else mapped[i] for place, i in enumerate(self.carried)
-        ]
+        prefix: list[torch.Tensor] = []
+        for place, index in enumerate(self.carried):
+            if index is not None:
+                prefix.append(self.linear(features[:, index : index + 1]))
+            elif own_prefix is not None:
+                prefix.append(own_prefix[:, place : place + 1].expand(x.shape[0], -1, -1))
+            else:
+                raise ValueError("this stitching layer needs the back anchor's own prefix tokens")
         return torch.cat([*prefix, x.flatten(1, 2)], dim=1)
-
-    def _own(self, own_prefix: torch.Tensor | None, place: int, batch_size: int) -> torch.Tensor:
-        if own_prefix is None:
-            raise ValueError("this stitching layer needs the back anchor's own prefix tokens")
-        return own_prefix[:, place : place + 1].expand(batch_size, -1, -1)
 
     def extra_repr(self) -> str:
         """The layouts, for `print(model)`."""
-        return f"{self.source.layout.value} -> {self.target.layout.value}"
+        return f"{self.source.layout} -> {self.target.layout}"
 
 
 def rows_of(features: torch.Tensor, side: Side, tokens: Sequence[int], grid: Grid) -> torch.Tensor:
     """Features as rows (N * positions, channels): the prefix `tokens`, then the grid, resized to `grid`."""
-    if (
-        side.layout in (Layout.NLC, Layout.UNITS)
-        and tuple(tokens) == tuple(range(side.prefix_tokens))
-        and grid == side.grid
-    ):
+    if side.is_tokens and tuple(tokens) == tuple(range(side.prefix_tokens)) and grid == side.grid:
         return features.flatten(0, -2)
     x = resize(grid_of(features, side), grid).flatten(1, 2)
     return torch.cat([features[:, list(tokens)], x], dim=1).flatten(0, -2) if tokens else x.flatten(0, -2)
 
 
-def to_channels_last(features: torch.Tensor, layout: Layout) -> torch.Tensor:
+def to_channels_last(features: torch.Tensor, layout: str) -> torch.Tensor:
     """Features of any layout with channels last: (N, H, W, C) from NCHW and NHWC, (N, L, C) from tokens."""
-    return features.permute(0, 2, 3, 1) if layout is Layout.NCHW else features
+    return features.permute(0, 2, 3, 1) if layout == "NCHW" else features
 
 
 def from_channels_last(features: torch.Tensor, side: Side) -> torch.Tensor:
     """Features (N, H, W, C) or (N, L, C) in the layout of a side."""
-    if side.layout in (Layout.NLC, Layout.UNITS):
+    if side.is_tokens:
         return features.flatten(1, -2)
     if features.ndim == 3:
         features = features.unflatten(1, side.grid)
     # In the order in memory that the back anchor has alone, so that it runs as fast, and its predicted latency holds.
-    return features.permute(0, 3, 1, 2).contiguous() if side.layout is Layout.NCHW else features
+    return features.permute(0, 3, 1, 2).contiguous() if side.layout == "NCHW" else features
 
 
 def grid_of(features: torch.Tensor, side: Side) -> torch.Tensor:
     """The grid (N, H, W, C) of features, without prefix tokens."""
-    if side.layout in (Layout.NLC, Layout.UNITS):
+    if side.is_tokens:
         return features[:, side.prefix_tokens :].unflatten(1, side.grid)
     return to_channels_last(features, side.layout)
 
@@ -143,9 +146,8 @@ def resize(x_NHWC: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Features (N, H, W, C) on another grid, by bilinear interpolation."""
     if x_NHWC.shape[1:3] == grid:
         return x_NHWC
-    return F.interpolate(x_NHWC.permute(0, 3, 1, 2), size=grid, mode="bilinear", align_corners=False).permute(
-        0, 2, 3, 1
-    )
+    x = F.interpolate(x_NHWC.permute(0, 3, 1, 2), size=grid, mode="bilinear", align_corners=False)
+    return x.permute(0, 2, 3, 1)
 
 
 def smaller(grid: Grid, than: Grid) -> bool:

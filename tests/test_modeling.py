@@ -206,7 +206,7 @@ def test_hidden_states_are_what_timms_blocks_return(name: str) -> None:
         ({"stich_id": 5}, r"unexpected keyword argument 'stich_id'; did you mean 'stitch_id'\?"),
         ({"label": 1}, "did you mean 'labels'"),
         ({"output_hidden_state": True}, "did you mean 'output_hidden_states'"),
-        ({"foo": 1}, "'foo'; there are pixel_values, labels, stitch_id, output_hidden_states"),
+        ({"foo": 1}, "'foo'; there are pixel_values, labels, stitch_id, cascade, output_hidden_states"),
     ],
 )
 def test_arguments_that_there_are_not_are_refused_with_the_nearest(model, wrong: dict, reason: str) -> None:

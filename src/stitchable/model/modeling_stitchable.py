@@ -657,6 +657,11 @@ class StitchablePreTrainedModel(PreTrainedModel):
             raise ValueError("output_attentions: timm's attention does not give its weights away; leave it out")
         if cascade is None and stitch_id is None:
             cascade = self.config.cascade_id
+            if labels is not None and self.training and len(self._stitches) > 1:
+                logger.warning_once(
+                    "only the default stitch is trained: name one by stitch_id, or draw them, as "
+                    "stitchable.training.trainer.StitchTrainer does"
+                )
         if cascade is not None:
             return self._given(self._cascaded(pixel_values, labels, stitch_id, cascade), return_dict)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

@@ -73,7 +73,7 @@ def launch(steps: int, rounds: int, result: Path) -> dict[str, list[float]]:
 def work(steps: int, rounds: int, result: Path) -> None:
     """What each process does."""
     from stitchable.training.fit import Stitches
-    from stitchable.training.plan import make_accelerator
+    from stitchable.training.processes import make_accelerator
     from stitchable.training.sampling import StitchSampler
 
     torch.manual_seed(0)

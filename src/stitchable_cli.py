@@ -147,7 +147,7 @@ def train(
     """Make a stitchable model by a recipe: anchors in, every stitch trained and measured out."""
     try:
         from stitchable.training import train as training
-        from stitchable.training.agreement import RunStopped
+        from stitchable.training.processes import RunStopped
     except ModuleNotFoundError as error:
         raise ImportError(f"training needs {error.name}: pip install 'stitchable[training]'") from error
     try:

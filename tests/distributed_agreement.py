@@ -8,11 +8,9 @@ import torch
 from torch import distributed
 
 from families import make
-from stitchable.training.agreement import RunStopped, all_or_none
-from stitchable.training.books import Books
-from stitchable.training.checkpoints import Checkpoints
+from stitchable.training.books import Books, Checkpoints
 from stitchable.training.fit import Phase
-from stitchable.training.plan import make_accelerator
+from stitchable.training.processes import RunStopped, all_or_none, make_accelerator
 from stitchable.training.recipe import Schedule, load_recipe
 from stitchable.training.train import run
 

@@ -11,9 +11,8 @@ from accelerate import Accelerator
 
 from families import make
 from stitchable.processing import image_processor
-from stitchable.training.data import make_test_loader, make_training_loader
+from stitchable.training.data import TrainingLoader, load_data, make_test_loader
 from stitchable.training.recipe import Augmentation, Data, Schedule
-from stitchable.training.sources import load_data
 
 
 def main(folder: Path) -> None:
@@ -41,7 +40,7 @@ def batches(data: Data, augmentation: Augmentation, accelerator: Accelerator) ->
     def epoch(augmentation: Augmentation, number: int) -> list[dict[str, torch.Tensor]]:
         schedule = Schedule(epochs=1, batch_size=8, learning_rate=1.0, augmentation=augmentation)
         options = {"batch_size": 4, "batches_per_epoch": 5, "seed": 0, "accelerator": accelerator}
-        return list(make_training_loader(splits.train, data, schedule, config, processor, **options).epoch(number))
+        return list(TrainingLoader(splits.train, data, schedule, config, processor, **options).epoch(number))
 
     test_labels = [
         label

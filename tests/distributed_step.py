@@ -4,7 +4,7 @@ import torch
 
 from families import images, make
 from stitchable.training.fit import Stitches
-from stitchable.training.plan import make_accelerator, start_processes
+from stitchable.training.processes import make_accelerator, start_processes
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import tarfile
-from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -21,13 +20,18 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import stitchable.training.data
 from families import make
 from stitchable.processing import image_processor
-from stitchable.training import streams
 from stitchable.training.augmentation import make_image_transform, seeded
-from stitchable.training.data import TrainingLoader, make_test_loader, make_training_loader, sample_images
+from stitchable.training.data import (
+    TrainingLoader,
+    decode,
+    load_data,
+    make_test_loader,
+    sample_images,
+)
 from stitchable.training.recipe import Augmentation, Data, Schedule
-from stitchable.training.sources import decode, load_data
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
@@ -144,7 +148,7 @@ def make_loader(data: Data, config, processor, augmentation=PLAIN, dataset=None,
     settings = {"batch_size": 6, "batches_per_epoch": 6, "seed": 0, "accelerator": accelerator, **options}
     schedule = Schedule(epochs=1, batch_size=6, learning_rate=1.0, label_smoothing=smoothing, augmentation=augmentation)
     dataset = load_data(data).train if dataset is None else dataset
-    return make_training_loader(dataset, data, schedule, config, processor, **settings)
+    return TrainingLoader(dataset, data, schedule, config, processor, **settings)
 
 
 def joined(batches) -> dict[str, torch.Tensor]:
@@ -384,10 +388,10 @@ def test_what_a_resumed_stream_passes_over_is_not_decoded(num_workers, tmp_path,
     """All images are broken: whatever is decoded stops the epoch, and 4 of 6 batches are not."""
     data = write_parquet(tmp_path, num_files=2, broken=tuple(range(NUM_IMAGES)))
     rows = load_data(streamed(data)).train
-    decoded = []
-    passed = streams._Chunks(rows, lambda image: decoded.append(image), "stop", 10, 3, (0,))
-    sizes = list(islice(iter(passed), 3))
-    assert sizes == [10, 10, 10]
+    read = []
+    passed = stitchable.training.data._Pieces(rows, lambda *arguments: read.append(arguments), 1, (0,))
+    assert next(iter(passed)) == 32
+    assert not read
     with pytest.raises(ValueError, match="cannot be read"):
         list(make_loader(streamed(data, num_workers=num_workers), config, processor).epoch(0, 4))
 

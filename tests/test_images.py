@@ -16,7 +16,7 @@ from odd_images import broken, picture, readable
 from stitchable.app import load_page
 from stitchable.images import read_batches
 from stitchable.processing import image_processor, to_rgb
-from stitchable.training.sources import DataError, decode
+from stitchable.training.data import DataError, decode
 
 KINDS = ("grey", "black-and-white", "palette", "rgba", "16-bit", "16-bit-tiff", "animated", "1x1", "turned")
 BROKEN = ("truncated", "text", "empty")

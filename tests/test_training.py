@@ -30,28 +30,26 @@ from stitchable import StitchableForImageClassification, evaluate
 from stitchable.imagenet import in_words
 from stitchable.processing import image_processor
 from stitchable.publishing import push_folder
-from stitchable.training.agreement import RunStopped
-from stitchable.training.checkpoints import (
+from stitchable.training.books import (
     Checkpoints,
     check_same_processes,
     check_same_recipe,
     read_progress,
     write_recipe,
 )
-from stitchable.training.data import make_test_loader
-from stitchable.training.plan import make_accelerator
+from stitchable.training.data import load_data, make_test_loader
+from stitchable.training.processes import RunStopped, make_accelerator
 from stitchable.training.recipe import load_recipe
-from stitchable.training.sources import load_data
 from stitchable.training.train import run
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "training" / "recipes" / "digits.yaml"
 QUICK = ["pretraining.epochs=1", "training.epochs=1", "training.warmup_epochs=0", "pretraining.warmup_epochs=0"]
 QUICK += ["initialization.num_samples=20"]
-# Seconds, with everything that a resumed run must restore: several phases, drop path, an average, mixed labels.
+# Seconds, with everything that a resumed run must restore: several phases, drop path, mixed labels.
 TINY = ["pretraining=null", "training.epochs=2", "training.warmup_epochs=0", "data.test_fraction=0.8"]
 TINY += ["evaluation.throughput=false", "evaluation.stitches=[0,1,2,5]", "trackers=[]"]
-EVERYTHING = [*TINY, "training.ema_decay=0.9", "training.augmentation.mixup=0.8", "checkpoints.every=3"]
+EVERYTHING = [*TINY, "training.augmentation.mixup=0.8", "checkpoints.every=3"]
 EVERYTHING += ["anchors.1.kwargs.drop_path_rate=0.3", "training.augmentation.repeats=2"]
 EVERYTHING += ["pretraining={epochs: 1, batch_size: 64, learning_rate: 1e-3}"]
 
@@ -185,7 +183,7 @@ def test_the_main_job_from_anchors_to_predictions(tmp_path, capsys) -> None:
         (["space.stages=[5]"], "stages must be distinct numbers"),
         (["output=/dev/null/run"], "/dev/null/run cannot be made"),
         (["sampling.stitches=[99]"], "sampling.stitches: stitch_id 99 is out of range"),
-        (["evaluation.during=[99]"], "evaluation.during: stitch_id 99"),
+        (["evaluation.stitches=[99]"], "evaluation.stitches: stitch_id 99"),
         (["trackers=[no_such]"], "the tracker 'no_such' is not installed"),
         (["modules=[nowhere.py]"], "there is no file nowhere.py"),
         (["training.optimizer=adamz"], "timm cannot make the optimizer 'adamz'"),
@@ -284,7 +282,7 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch) -> None:
     ("name", "overrides"),
     [
         ("sandwich", ["sampling.method=sandwich", "distillation={kind: in_place}"]),
-        ("groups", ["sampling={method: flops_groups, flops_gap: 5e4}", "evaluation.every=1", "evaluation.during=all"]),
+        ("groups", ["sampling={method: flops_groups, flops_gap: 5e4}", "evaluation.every=1"]),
         pytest.param(
             "agc", ["training.clip=agc", "training.clip_at=0.01", "training.optimizer=sgd"], marks=pytest.mark.slow
         ),

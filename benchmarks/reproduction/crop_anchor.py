@@ -17,9 +17,8 @@ from accelerate import Accelerator
 from stitchable import StitchableForImageClassification
 from stitchable.costs import profile_anchor
 from stitchable.evaluation import evaluation_mode
-from stitchable.training.data import make_processor, make_test_loader
+from stitchable.training.data import load_data, make_processor, make_test_loader
 from stitchable.training.recipe import Recipe, load_recipe
-from stitchable.training.sources import load_data
 
 
 @dataclass(frozen=True)

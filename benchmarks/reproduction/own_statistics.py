@@ -19,9 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stitchable import StitchableForImageClassification, evaluate
 from stitchable.evaluation import evaluation_mode
-from stitchable.training.data import make_processor, make_test_loader, sample_images
+from stitchable.training.data import load_data, make_processor, make_test_loader, sample_images
 from stitchable.training.recipe import Recipe, load_recipe
-from stitchable.training.sources import load_data
 
 
 def main() -> None:

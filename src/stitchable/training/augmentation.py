@@ -6,7 +6,7 @@ and workers, nor on an interruption.
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,6 @@ from transformers import BitImageProcessor
 
 from stitchable import StitchableConfig
 from stitchable.training.recipe import Augmentation, Schedule
-from stitchable.training.sources import DataError, decode
-
-# "pixel_values" (N, C, H, W), "labels" (N,), and in training "corrupt": of each image what is wrong with it, or None.
-Batch = dict[str, Any]
 
 
 def derive_seed(*key: int | str) -> int:
@@ -52,13 +48,7 @@ def make_image_transform(
 ) -> Callable[[PILImage.Image], torch.Tensor]:
     """The training transform of timm: an image in RGB -> normalised pixel values (3, H, W).
 
-    Args:
-        augmentation: without a crop_scale the image is resized and cropped as in evaluation.
-        config: gives image size, mean and deviation.
-        processor: that of evaluation.
-
-    Raises:
-        ValueError: timm does not know the auto_augment.
+    Without a crop_scale the image is resized and cropped as in evaluation, by `processor`.
     """
     height, width = config.image_size
     try:
@@ -66,12 +56,11 @@ def make_image_transform(
             (3, height, width),
             is_training=True,
             scale=augmentation.crop_scale,  # type: ignore[arg-type]
-            ratio=augmentation.crop_ratio,  # type: ignore[arg-type]
             hflip=augmentation.horizontal_flip,
-            color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]
+            color_jitter=None,  # type: ignore[arg-type]
             auto_augment=augmentation.auto_augment,
             re_prob=augmentation.random_erasing,
-            re_mode=augmentation.erasing_mode,
+            re_mode="pixel",
             interpolation=augmentation.interpolation,
             mean=tuple(config.image_mean),
             std=tuple(config.image_std),
@@ -126,10 +115,7 @@ class BatchAugmentation:
 def random_affine(pixel_values: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
     """Each image (N, C, H, W) turned, scaled and shifted at random, its border repeated.
 
-    Args:
-        pixel_values: normalised images.
-        strength: largest angle in radians, relative change of size, and shift as a part of half the image.
-        generator: draws.
+    `strength` is the largest angle in radians, relative change of size, and shift as a part of half the image.
     """
     angle, scale, right, down = (2 * torch.rand(4, len(pixel_values), generator=generator) - 1) * strength
     cosine, sine = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
@@ -151,11 +137,7 @@ def random_crop(
 
 
 def make_mixup(schedule: Schedule, num_labels: int | None, batch_size: int) -> Mixup | None:
-    """Mixup and CutMix of timm for the pairs of a batch: labels become distributions (N, num_labels). None if both off.
-
-    Raises:
-        ValueError: an odd batch.
-    """
+    """Mixup and CutMix of timm for the pairs of a batch, or None: labels become distributions (N, num_labels)."""
     augmentation = schedule.augmentation
     if not augmentation.mixes:
         return None
@@ -167,51 +149,6 @@ def make_mixup(schedule: Schedule, num_labels: int | None, batch_size: int) -> M
     return Mixup(
         mixup_alpha=augmentation.mixup,
         cutmix_alpha=augmentation.cutmix,
-        prob=augmentation.mix_probability,
-        switch_prob=augmentation.switch_probability,
         label_smoothing=schedule.label_smoothing,
         num_classes=num_labels,
     )
-
-
-def read_augmented(rows: Iterable[dict], transform: Callable, on_corrupt: str, key: tuple[int | str, ...]) -> Batch:
-    """The first of the rows that can be read, augmented; the others are there to replace it.
-
-    Args:
-        rows: with "image" and "label".
-        transform: an image in RGB -> pixel values; its draws depend on the key alone.
-        on_corrupt: "stop" raises where "skip" goes to the next row.
-        key: what the draws depend on.
-
-    Returns:
-        "pixel_values", "labels", and "corrupt": what is wrong with the first row, or None.
-
-    Raises:
-        DataError: an image cannot be read; with "skip", none of them can.
-    """
-    problem = None
-    for row in rows:
-        try:
-            image = decode(row)
-        except DataError as error:
-            if on_corrupt == "stop":
-                raise
-            problem = problem or str(error)
-            continue
-        with seeded(*key):
-            return {"pixel_values": transform(image), "labels": row["label"], "corrupt": problem}
-    raise DataError(f"{problem}, nor any of the images that could take its place")
-
-
-def collate(samples: list[Batch]) -> Batch:
-    """One batch of images as `read_augmented` returns them."""
-    return {
-        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-        "labels": torch.tensor([sample["labels"] for sample in samples]),
-        "corrupt": [sample["corrupt"] for sample in samples],
-    }
-
-
-def identity(batch: Any) -> Any:
-    """For loaders whose items are batches already."""
-    return batch

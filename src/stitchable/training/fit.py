@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, broadcast
-from timm.utils import ModelEmaV3
+from accelerate.utils import DynamoBackend
 from torch import nn
 
 from stitchable import StitchableForImageClassification
@@ -17,7 +16,7 @@ from stitchable.training.books import Books
 from stitchable.training.data import TrainingLoader
 from stitchable.training.losses import StitchLoss
 from stitchable.training.optimization import clip_gradients, make_optimizer, make_scheduler, parameter_groups
-from stitchable.training.plan import is_sharded
+from stitchable.training.processes import is_sharded, share
 from stitchable.training.recipe import Schedule
 from stitchable.training.sampling import StitchSampler
 
@@ -105,8 +104,6 @@ def fit(
                         # 9: Update the weights; where gradients are accumulated, with the last part only.
                         optimizer.step()
                         losses.append(loss.detach())
-                if parts.average:
-                    parts.average.update(model)
                 books.note(step, torch.stack(losses).mean())
             books.close_epoch(epoch)
     return _finish(accelerator, model, parts)
@@ -131,7 +128,6 @@ class Prepared:
     wrapped: nn.Module
     optimizer: Any
     scheduler: Any
-    average: ModelEmaV3 | None
     steps_per_epoch: int
 
 
@@ -144,8 +140,7 @@ def _prepare(
     optimizer = make_optimizer(parameter_groups(model, schedule), schedule)
     scheduler = make_scheduler(optimizer, schedule, steps_per_epoch)
     wrapped, optimizer = accelerator.prepare(Stitches(model), optimizer)
-    average = ModelEmaV3(model, decay=schedule.ema_decay) if schedule.ema_decay else None
-    return Prepared(wrapped, optimizer, scheduler, average, steps_per_epoch)
+    return Prepared(wrapped, optimizer, scheduler, steps_per_epoch)
 
 
 def freeze(model: StitchableForImageClassification, trainable: str) -> None:
@@ -174,24 +169,15 @@ def compile_blocks(accelerator: Accelerator, model: StitchableForImageClassifica
 def _finish(
     accelerator: Accelerator, model: StitchableForImageClassification, parts: Prepared
 ) -> StitchableForImageClassification:
-    """The model whole and equal on every process: its average if there is one."""
+    """The model whole and equal on every process."""
     if is_sharded(accelerator):
         whole = accelerator.get_state_dict(parts.wrapped)
         model = type(model)(model.config)
         if accelerator.is_main_process:
             model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in whole.items()})
         model.to(accelerator.device)
-    elif parts.average:
-        model.load_state_dict(parts.average.module.state_dict())
     share(model)  # batch statistics are each process's own until here
     parts.optimizer.zero_grad(set_to_none=True)
     freeze(model, "all")
     accelerator.free_memory()
     return model
-
-
-@torch.no_grad()
-def share(model: nn.Module) -> None:
-    """Give every process the weights and statistics of the main one."""
-    for tensor in model.state_dict().values():
-        tensor.copy_(broadcast(tensor))

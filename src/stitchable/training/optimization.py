@@ -37,11 +37,7 @@ def parameter_groups(model: StitchablePreTrainedModel, schedule: Schedule) -> li
 
 
 def make_optimizer(groups: list[dict[str, Any]], schedule: Schedule) -> torch.optim.Optimizer:
-    """The optimiser of a schedule over groups of parameters.
-
-    Raises:
-        ValueError: timm has no such optimiser, or it does not take these options.
-    """
+    """The optimiser of a schedule over groups of parameters; what timm refuses is a ValueError."""
     try:
         return create_optimizer_v2(
             groups, opt=schedule.optimizer, lr=schedule.learning_rate, **schedule.optimizer_options

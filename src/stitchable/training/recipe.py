@@ -25,7 +25,6 @@ class Data(_Section):
     Attributes:
         dataset: "digits" (scikit-learn's), a data set of the Hub, or a loader of `datasets` for files of one's own:
             "imagefolder", "parquet", "webdataset".
-        config: the configuration of a Hub data set that has several.
         files: for a loader, a folder, or a glob or list of files per split.
         train_split, test_split: names of splits; slices such as "train[:5000]" work as in `datasets`.
         image_column, label_column: names of the two columns.
@@ -36,13 +35,12 @@ class Data(_Section):
         in_memory: preprocess once and keep all pixel values, for small images; augmentation is then that of tensors.
         on_corrupt_image: whether an image that cannot be read stops the run, or is replaced by another and counted.
         num_workers: processes that read and augment, per training process.
-        test_fraction, split_seed: how "digits", which has no test part, is split.
+        test_fraction: of "digits", which has no test part.
         image_size: pixels; the anchors' own if null.
         crop_pct, interpolation, image_mean, image_std: of the evaluation transform; the anchors' own if null.
     """
 
     dataset: str
-    config: str | None = None
     files: str | dict[str, str | list[str]] | None = None
     train_split: str = "train"
     test_split: str = "test"
@@ -55,7 +53,6 @@ class Data(_Section):
     on_corrupt_image: Literal["stop", "skip"] = "stop"
     num_workers: int = Field(0, ge=0)
     test_fraction: float = Field(1 / 3, gt=0, lt=1)
-    split_seed: int = 0
     image_size: int | None = Field(None, ge=1)
     crop_pct: float | None = Field(None, gt=0, le=1)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
@@ -64,13 +61,11 @@ class Data(_Section):
 
     @property
     def name(self) -> str:
-        """What to call the test images: the data set, or the folder where files of one's own are."""
-        if isinstance(self.files, dict):
-            given = self.files.get(re.split(r"[\[:]", self.test_split)[0], "")
-            folder = Path(given if isinstance(given, str) else given[0]).parent
-        else:
-            folder = Path(self.files or "")
-        return folder.name or self.dataset
+        """What to call the test images: the data set, or the folder where files of your own are."""
+        if not isinstance(self.files, dict):
+            return Path(self.files or "").name or self.dataset
+        given = self.files.get(re.split(r"[\[:]", self.test_split)[0], "")
+        return Path(given if isinstance(given, str) else given[0]).parent.name or self.dataset
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -124,43 +119,31 @@ class Augmentation(_Section):
 
     Attributes:
         crop_scale: smallest and largest part of the area that a random resized crop keeps; [1, 1] resizes only.
-        crop_ratio: smallest and largest width / height of that crop.
         horizontal_flip: probability.
-        color_jitter: strength; timm ignores it where `auto_augment` is given.
         auto_augment: timm's string, such as "rand-m9-mstd0.5-inc1" for RandAugment.
-        random_erasing: probability; `erasing_mode` is what fills the hole.
+        random_erasing: probability of a hole, filled with noise.
         repeats: copies of an image in a batch, each augmented in its own way (Hoffer et al., 2020); an epoch keeps its
             length and so shows 1/repeats of the images.
-        mixup, cutmix: the alpha of their Beta distributions, 0 for none; `mix_probability` that a batch is mixed at
-            all, `switch_probability` that it is cut where both are on.
+        mixup, cutmix: the alpha of their Beta distributions, 0 for none; where both are on, half the batches are cut.
         affine: with `data.in_memory`: largest angle in radians, change of size, and shift as a part of half the image.
         padding: with `data.in_memory`: pixels by which an image is padded before a random crop of its size.
     """
 
     crop_scale: list[float] | None = Field(None, min_length=2, max_length=2)
-    crop_ratio: list[float] = Field([3 / 4, 4 / 3], min_length=2, max_length=2)
     horizontal_flip: Fraction = 0.0
-    color_jitter: float = Field(0.0, ge=0)
     auto_augment: str | None = None
     random_erasing: Fraction = 0.0
-    erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
     interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
     repeats: int = Field(1, ge=1)
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
-    mix_probability: Fraction = 1.0
-    switch_probability: Fraction = 0.5
     affine: float = Field(0.0, ge=0, lt=1)
     padding: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> "Augmentation":
-        scale, ratio = self.crop_scale or (1.0, 1.0), self.crop_ratio
-        if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
-            raise ValueError(
-                f"crop_scale must be two parts of the area, the smaller first, and crop_ratio two positive numbers, "
-                f"the smaller first; got {list(scale)} and {ratio}"
-            )
+        if self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must be two parts of the area, the smaller first, got {self.crop_scale}")
         return self
 
     @property
@@ -181,7 +164,6 @@ class Schedule(_Section):
         weight_decay: none on biases, norms, and what the anchors' authors leave out (`no_weight_decay` in timm).
         clip: gradients by their norm, or adaptively by unit ("agc"), at `clip_at`; no clipping if null.
         label_smoothing: weight of the uniform distribution in the targets.
-        ema_decay: of an exponential moving average of all weights, which the phase ends with; none if null.
         trainable: everything, or the stitching layers alone (figure 9 c of the paper).
     """
 
@@ -198,7 +180,6 @@ class Schedule(_Section):
     clip: Literal["norm", "agc"] | None = None
     clip_at: float = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    ema_decay: float | None = Field(None, gt=0, lt=1)
     trainable: Literal["all", "stitching_layers"] = "all"
     augmentation: Augmentation = Augmentation()
 
@@ -251,11 +232,10 @@ class Distillation(_Section):
 
 
 class Evaluation(_Section):
-    """What is measured. `every` is in epochs of the joint training, of which `during` says which stitches."""
+    """What is measured: `stitches` at the end, all of them if null; the anchors `every` so many epochs meanwhile."""
 
     batch_size: int = Field(512, ge=1)
     every: int | None = Field(None, ge=1)
-    during: Literal["anchors", "all"] | list[int] = "anchors"
     stitches: list[int] | None = Field(None, min_length=1)
     throughput: bool = True
 
@@ -316,14 +296,17 @@ class Recipe(_Section):
             raise ValueError(
                 "distillation.kind in_place needs sampling.method sandwich: its teacher is the larger anchor"
             )
-        for name, schedule in (("pretraining", self.pretraining), ("training", self.training)):
-            if schedule is not None:
-                _check_augmentation(name, schedule.augmentation, self.data)
+        for name, schedule in self.schedules().items():
+            _check_augmentation(name, schedule.augmentation, self.data)
         return self
+
+    def schedules(self) -> dict[str, Schedule]:
+        """The trainings that are asked for, by the name of their section."""
+        return ({"pretraining": self.pretraining} if self.pretraining else {}) | {"training": self.training}
 
 
 def _check_augmentation(name: str, augmentation: Augmentation, data: Data) -> None:
-    of_images = {"crop_scale", "color_jitter", "auto_augment", "random_erasing"}
+    of_images = {"crop_scale", "auto_augment", "random_erasing"}
     of_tensors = {"affine", "padding"}
     given = {key for key in of_images | of_tensors if getattr(augmentation, key)}
     wrong = given & (of_images if data.in_memory else of_tensors)

@@ -15,23 +15,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from PIL import Image
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
-from transformers import BitImageProcessor
 
 from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
 from stitchable.card import Card, what_it_prints
 from stitchable.publishing import check_new_folder, save_repository
 from stitchable.timing import measure_throughput
-from stitchable.training.agreement import RunStopped, all_or_none
-from stitchable.training.books import Books
-from stitchable.training.checkpoints import (
+from stitchable.training.books import (
+    Books,
     Checkpoints,
     check_no_run,
     check_same_processes,
@@ -41,28 +37,29 @@ from stitchable.training.checkpoints import (
     write_recipe,
 )
 from stitchable.training.data import (
+    DataError,
+    Images,
     TrainingLoader,
+    decode,
+    load_data,
     make_processor,
     make_test_loader,
-    make_training_loader,
     sample_images,
 )
-from stitchable.training.fit import Phase, fit, share
+from stitchable.training.fit import Phase, fit
 from stitchable.training.losses import StitchLoss, load_teacher
 from stitchable.training.plan import (
     check_plan,
     check_sizes,
-    make_accelerator,
     make_model,
     make_sampler,
     micro_batch_size,
     names_of_anchors,
-    start_processes,
 )
-from stitchable.training.recipe import Recipe, Schedule, load_recipe
+from stitchable.training.processes import RunStopped, all_or_none, make_accelerator, share, start_processes
+from stitchable.training.recipe import Recipe, load_recipe
 from stitchable.training.resuming import evaluate_resumably, weights_digest
 from stitchable.training.sampling import StitchSampler
-from stitchable.training.sources import DataError, Images, Splits, decode, load_data
 
 Metrics = dict[int, dict[str, float]]
 
@@ -83,14 +80,7 @@ def main() -> None:
 def train(recipe: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> None:
     """Run a recipe on the processes that a launcher asked for, and print what its card's snippet prints.
 
-    Args:
-        recipe: as `load_recipe` takes it, like `overrides`.
-        overrides: "key.path=value" each.
-        resume: whether to go on from the last checkpoint in its run folder.
-
-    Raises:
-        ValueError: as `load_recipe` and `run` do.
-        RunStopped: the training was interrupted or its loss is not finite.
+    Arguments and errors are those of `load_recipe` and `run`.
     """
     try:
         settings = load_recipe(recipe, overrides)
@@ -111,7 +101,7 @@ def run(recipe: Recipe, resume: bool = False) -> StitchableForImageClassificatio
         resume: whether to go on from the last checkpoint in its run folder.
 
     Raises:
-        ValueError: what the recipe asks for cannot be done; as far as can be known, before anything is downloaded.
+        ValueError: what cannot be done; as far as can be known, before anything is downloaded.
         RunStopped: the training was interrupted or its loss is not finite.
     """
     accelerator = make_accelerator(recipe.trackers, recipe.run_folder, recipe.gradient_accumulation_steps)
@@ -141,7 +131,6 @@ class _Run:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, resume: bool) -> None:
         self.recipe, self.accelerator, self.say = recipe, accelerator, accelerator.print
         self.say(f"1/6 data: {recipe.data.dataset}")
-        self.teacher = None
         # One process of a machine downloads and prepares what all use, which may take hours; the others find it done.
         for is_turn_of_first in (True, False):
             with all_or_none(patiently=True):
@@ -149,50 +138,52 @@ class _Run:
                     self._load()
         # From here on each process draws in its own way (drop path).
         set_seed(recipe.seed, device_specific=True)
-        self.processor: BitImageProcessor = make_processor(recipe.data, self.model.config)
-        self.test_loader: DataLoader = make_test_loader(
+        self.processor = make_processor(recipe.data, self.model.config)
+        self.test_loader = make_test_loader(
             self.data.test, recipe.data, self.processor, recipe.evaluation.batch_size, accelerator
         )
         # The other processes may have working directories of their own.
         (folder,) = broadcast_object_list([recipe.run_folder.absolute()])
-        self.checkpoints = Checkpoints(folder, recipe.checkpoints.keep)
-        self.checkpoint = self._agree_on_checkpoint() if resume else None
-        progress: dict[str, Any] = {"phase": -1, "step": 0, "results": {}}
-        if self.checkpoint:
-            progress = read_progress(self.checkpoint)
-        if self.checkpoint and recipe.data.streaming:
-            check_same_processes(progress, accelerator.num_processes)
-        self.phase_of_checkpoint, self.step_of_checkpoint = progress["phase"], progress["step"]
-        self.books = Books(accelerator, self.checkpoints, recipe.checkpoints.every, recipe.run_folder)
-        self.books.results = self.results = {stage: _by_id(figures) for stage, figures in progress["results"].items()}
+        checkpoints = Checkpoints(folder, recipe.checkpoints.keep)
+        self.books = Books(accelerator, checkpoints, recipe.checkpoints.every, recipe.run_folder)
+        self.results: dict[str, Metrics] = {}
+        self.checkpoint, self.phase_of_checkpoint, self.step_of_checkpoint = None, -1, 0
+        if resume:
+            self._find_checkpoint(checkpoints)
+        self.books.results = self.results
         self.anchors = [stitch.id for stitch in self.model.stitches if stitch.is_anchor]
 
     def _load(self) -> None:
         """Data, model and teacher."""
         recipe, device = self.recipe, self.accelerator.device
-        self.data: Splits = load_data(recipe.data, names_of_anchors(recipe))
+        self.data = load_data(recipe.data, names_of_anchors(recipe))
         self.num_images = recipe.data.num_train_images or len(self.data.train)
         check_sizes(recipe, self.num_images)
         set_seed(recipe.seed)  # the same weights on every process
         self.model = make_model(recipe, self.data.class_names).to(device)
-        if recipe.distillation and recipe.distillation.teacher:
-            self.teacher = load_teacher(recipe.distillation.teacher, self.model.config).to(device)
+        name = recipe.distillation.teacher if recipe.distillation else None
+        self.teacher = load_teacher(name, self.model.config).to(device) if name else None
 
-    def _agree_on_checkpoint(self) -> Path | None:
-        (checkpoint,) = broadcast_object_list([self.checkpoints.latest()])
+    def _find_checkpoint(self, checkpoints: Checkpoints) -> None:
+        (self.checkpoint,) = broadcast_object_list([checkpoints.latest()])
+        if self.checkpoint is None:
+            return
         with all_or_none():
-            if checkpoint and not checkpoint.exists():
+            if not self.checkpoint.exists():
                 raise ValueError(
-                    f"{checkpoint} is not there on every machine: to resume, they must share the run folder"
+                    f"{self.checkpoint} is not there on every machine: to resume, they must share the run folder"
                 )
-        return checkpoint
+        progress = read_progress(self.checkpoint)
+        if self.recipe.data.streaming:
+            check_same_processes(progress, self.accelerator.num_processes)
+        self.phase_of_checkpoint, self.step_of_checkpoint = progress["phase"], progress["step"]
+        self.results = {stage: _by_id(figures) for stage, figures in progress["results"].items()}
 
     def finish(self) -> StitchableForImageClassification:
         """Run what is left of the stages."""
         self.say(f"    {len(self.model.stitches)} stitches of {len(self.anchors)} anchors")
         self.pretrain()
-        joint = len(self.anchors) if self.recipe.pretraining else 0
-        self.train_together(joint)
+        self.train_together()
         self.say("5/6 evaluating")
         trained = self.measure(self.recipe.evaluation.stitches, "trained")
         self.say(f"    {_summary(trained, self.anchors)}")
@@ -208,28 +199,14 @@ class _Run:
             self.say(f"2/6 pretraining {len(self.anchors)} anchors")
             for number, anchor in enumerate(self.anchors):
                 sampler = StitchSampler(self.model.stitches, [anchor])
-                loss = StitchLoss(schedule.label_smoothing)
-                self.fit(Phase(number, f"anchor {anchor}", schedule, sampler, loss))
+                self.fit(Phase(number, f"anchor {anchor}", schedule, sampler, StitchLoss(schedule.label_smoothing)))
         if "before" not in self.results:
             self.say(f"    {_summary(self.measure(self.anchors, 'before'), self.anchors)}")
 
-    def initialize(self) -> None:
-        """Fit the stitching layers and measure every stitch before the joint training."""
-        settings = self.recipe.initialization
-        self.say(f"3/6 initialising the stitching layers: {settings.method}")
-        samples: Iterable = ()
-        if settings.method == "least_squares":
-            samples = sample_images(
-                self.data.train, self.recipe.data, self.processor, settings.num_samples, self.recipe.seed
-            )
-        initialize_stitches(self.model, samples, **settings.model_dump())
-        share(self.model)  # random, or rounded in different ways, they are each process's own until here
-        initialized = self.measure(self.recipe.evaluation.stitches, "initialized")
-        self.say(f"    {_summary(initialized, self.anchors)}\n4/6 training the stitches together")
-
-    def train_together(self, number: int) -> None:
-        """Initialise the stitching layers and train stitches together, one or a sandwich of them per step."""
+    def train_together(self) -> None:
+        """Initialise the stitching layers and train stitches together."""
         recipe = self.recipe
+        number = len(self.anchors) if recipe.pretraining else 0
         resumed = self.phase_of_checkpoint >= number
         if resumed:
             self.say("4/6 going on to train the stitches together")
@@ -239,53 +216,51 @@ class _Run:
         initialize = None if resumed else self.initialize
         self.fit(Phase(number, "stitches", recipe.training, sampler, loss, initialize, self.after_epoch))
 
+    def initialize(self) -> None:
+        """Fit the stitching layers and measure every stitch before the joint training."""
+        recipe, settings = self.recipe, self.recipe.initialization
+        self.say(f"3/6 initialising the stitching layers: {settings.method}")
+        samples: Iterable = ()
+        if settings.method == "least_squares":
+            samples = sample_images(self.data.train, recipe.data, self.processor, settings.num_samples, recipe.seed)
+        initialize_stitches(self.model, samples, **settings.model_dump())
+        share(self.model)  # random, or rounded in different ways, they are each process's own until here
+        initialized = self.measure(recipe.evaluation.stitches, "initialized")
+        self.say(f"    {_summary(initialized, self.anchors)}\n4/6 training the stitches together")
+
     def fit(self, phase: Phase) -> None:
         """Run a phase, from the checkpoint if it lies in there, or not at all if it lies behind."""
-        if phase.schedule.epochs == 0:
+        schedule, accelerator = phase.schedule, self.accelerator
+        steps_per_epoch = self.num_images // schedule.batch_size
+        if schedule.epochs == 0:
             if phase.initialize:
                 phase.initialize()
             return
         if phase.number < self.phase_of_checkpoint:
-            self.books.skip(phase.schedule.epochs * (self.num_images // phase.schedule.batch_size))
+            self.books.skip(schedule.epochs * steps_per_epoch)
             return
-        resumed = phase.number == self.phase_of_checkpoint
-        self.model = fit(
-            self.accelerator,
-            self.model,
-            self.training_loader(phase.schedule, phase.number),
-            phase,
-            self.books,
-            resume_from=self.checkpoint if resumed else None,
-            first_step=self.step_of_checkpoint if resumed else 0,
-        )
-
-    def training_loader(self, schedule: Schedule, phase: int) -> TrainingLoader:
-        """Micro-batches of this process: its part of the schedule's batch."""
-        accelerator, data = self.accelerator, self.recipe.data
-        micro = micro_batch_size(schedule.batch_size, accelerator)
-        return make_training_loader(
+        loader = TrainingLoader(
             self.data.train,
-            data,
+            self.recipe.data,
             schedule,
             self.model.config,
             self.processor,
-            batch_size=micro,
-            batches_per_epoch=self.num_images // schedule.batch_size * accelerator.gradient_accumulation_steps,
-            seed=self.recipe.seed + 1000 * phase,
+            batch_size=micro_batch_size(schedule.batch_size, accelerator),
+            batches_per_epoch=steps_per_epoch * accelerator.gradient_accumulation_steps,
+            seed=self.recipe.seed + 1000 * phase.number,
             accelerator=accelerator,
         )
+        here = phase.number == self.phase_of_checkpoint
+        checkpoint, first_step = (self.checkpoint, self.step_of_checkpoint) if here else (None, 0)
+        self.model = fit(accelerator, self.model, loader, phase, self.books, checkpoint, first_step)
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """What is measured during the joint training."""
-        settings = self.recipe.evaluation
-        if not settings.every or epoch % settings.every or epoch == self.recipe.training.epochs:
+        every = self.recipe.evaluation.every
+        if not every or epoch % every or epoch == self.recipe.training.epochs:
             return {}
-        during = settings.during
-        wanted = self.anchors if during == "anchors" else None if during == "all" else during
-        measured = evaluate(self.model, self.test_loader, wanted, accelerator=self.accelerator)
-        return {f"accuracy_of_{i}": metrics["accuracy"] for i, metrics in measured.items() if i in self.anchors} | {
-            "mean_accuracy": _mean_accuracy(measured)
-        }
+        measured = evaluate(self.model, self.test_loader, self.anchors, accelerator=self.accelerator)
+        return {f"accuracy_of_{i}": metrics["accuracy"] for i, metrics in measured.items()}
 
     def measure(self, stitch_ids: list[int] | None, stage: str) -> Metrics:
         """Evaluate stitches, going on where an interrupted evaluation was, and note the figures."""

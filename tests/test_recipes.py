@@ -402,6 +402,12 @@ def test_what_no_recipe_can_be_is_named(overrides: list[str], message: str) -> N
         load_recipe(DIGITS, overrides)
 
 
+def test_pretrained_anchors_keep_their_statistics_unless_the_recipe_says_otherwise() -> None:
+    assert load_recipe(DEIT).training.batch_norms == "keep"
+    assert load_recipe(DIGITS).training.batch_norms == "update"
+    assert load_recipe(FOLDER / "resnet18_swin_ti.yaml").training.batch_norms == "update"  # as timm's scripts
+
+
 def test_repeats_need_a_data_set_with_a_length() -> None:
     overrides = ["data.streaming=true", "data.num_train_images=1281167"]
     with pytest.raises(ValueError, match=r"training\.augmentation\.repeats needs a data set that is not"):

@@ -87,6 +87,33 @@ def test_a_sandwich_of_three_anchors() -> None:
     assert sampler.draw(0) == (2, 9, 0, 1)
 
 
+def test_several_stitches_of_a_step_are_drawn_as_one_is() -> None:
+    drawn = draws(3000, stitches_per_step=4)
+    assert {len(ids) for ids in drawn} == {4}
+    assert [ids[:1] for ids in drawn] == draws(3000)  # the first as if it were alone
+    counts = Counter(pairwise(stitch_id for ids in drawn for stitch_id in ids))
+    assert len(counts) == 81  # every pair, the same twice too
+    assert all(90 < count < 210 for count in counts.values())
+
+
+@pytest.mark.parametrize("method", ["uniform", "flops_groups"])
+def test_anchors_come_as_often_as_they_shall(method: Any) -> None:
+    settings = {"method": method, "flops_gap": 15, "stitches_per_step": 2, "anchor_probability": 0.3}
+    counts = Counter(i for ids in draws(6000, **settings) for i in ids)
+    expected = StitchSampler(family(), **settings).updates(6000)
+    assert [round(expected[anchor]) for anchor in range(3)] == [1200] * 3
+    assert sum(expected.values()) == pytest.approx(12000)
+    assert all(abs(counts[i] - number) < 6 * number**0.5 for i, number in expected.items())
+
+
+def test_updates_are_those_of_all_processes_and_of_whole_sandwiches() -> None:
+    settings = {"across_processes": "independent", "num_processes": 3}
+    assert StitchSampler(family(), **settings).updates(90) == pytest.approx(dict.fromkeys(range(9), 30))
+    assert StitchSampler(family(), num_processes=3).updates(90) == pytest.approx(dict.fromkeys(range(9), 10))
+    sandwich = StitchSampler(family(), method="sandwich").updates(60)
+    assert sandwich == pytest.approx({0: 30, 1: 60, 2: 30, **dict.fromkeys(range(3, 9), 10)})
+
+
 def test_processes_draw_the_same_unless_told_otherwise() -> None:
     for method in ("uniform", "flops_groups", "sandwich"):
         sampler = StitchSampler(family(), method=method, num_processes=3)  # type: ignore[arg-type]
@@ -127,6 +154,12 @@ def test_what_cannot_be_drawn_is_named() -> None:
         StitchSampler(family(), [3, 12])
     with pytest.raises(ValueError, match="there is no stitch to draw"):
         StitchSampler(family(), [])
+    for ids in ([0, 1], [4, 5]):
+        with pytest.raises(ValueError, match="anchor_probability needs both anchors and other stitches to draw"):
+            StitchSampler(family(), ids, anchor_probability=0.5)
+    for several in ({"stitches_per_step": 2}, {"anchor_probability": 0.5}):
+        with pytest.raises(ValueError, match="a sandwich is one stitch with its anchors"):
+            StitchSampler(family(), method="sandwich", **several)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a sandwich needs a stitch between anchors to draw"):
         StitchSampler(family(), [0, 1, 2], method="sandwich")
     with pytest.raises(ValueError, match="a sandwich runs the anchors too, but anchor 1 is not among the stitches"):

@@ -17,13 +17,18 @@ from stitchable.training.sampling import StitchSampler
 from stitchable.training.trainer import StitchTrainer
 from test_distributed import TESTS, launch
 
+OURS = {"sampler", "stitches_per_step", "anchor_probability"}
 
-def trainer(folder: Path, **settings: object) -> StitchTrainer:
-    x = images("vit", 8)
+
+def trainer(folder: Path, family: str = "vit", **settings: object) -> StitchTrainer:
+    ours = {
+        name: settings.pop(name) for name in ("sampler", "stitches_per_step", "anchor_probability") & settings.keys()
+    }
+    x = images(family, 8)
     rows = [{"pixel_values": pixels, "labels": number % 5} for number, pixels in enumerate(x)]
     options = {"max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 3, "learning_rate": 1e-2, **settings}
     arguments = TrainingArguments(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **options)
-    return StitchTrainer(make("vit"), arguments, train_dataset=rows, eval_dataset=rows)
+    return StitchTrainer(make(family), arguments, train_dataset=rows, eval_dataset=rows, **ours)
 
 
 def test_each_step_trains_the_stitch_that_the_sampler_draws(tmp_path) -> None:
@@ -68,11 +73,12 @@ def test_a_sandwich_of_accumulated_gradients_is_that_of_whole_batches(tmp_path) 
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_train_what_one_does(tmp_path) -> None:
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_processes_train_what_one_does(k: int, tmp_path) -> None:
     losses = []
     for number in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-        output = launch("distributed_trainer.py", *launcher, arguments=(tmp_path / str(number),))
+        output = launch("distributed_trainer.py", *launcher, arguments=(tmp_path / str(number), k))
         (line,) = [line for line in output.splitlines() if line.startswith("processes ")]
         assert line.split()[1] == str(number)
         losses.append(float(line.split()[3]))
@@ -84,6 +90,42 @@ def test_two_processes_train_what_one_does(tmp_path) -> None:
     assert sum(not torch.equal(value, before[name]) for name, value in alone.items()) > 10
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_several_stitches_share_a_batch(tmp_path) -> None:
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "optim": "sgd", "max_grad_norm": 0.0}
+    settings |= {"lr_scheduler_type": "constant"}
+    training = trainer(tmp_path, stitches_per_step=2, anchor_probability=0.5, **settings)
+    training.train()
+    drawn = training.sampler.draw(0)
+    assert len(drawn) == 2
+    reference = make("vit")
+    batch = next(iter(training.get_train_dataloader()))
+    for j, stitch_id in enumerate(drawn):
+        output = reference(batch["pixel_values"][j::2], labels=batch["labels"][j::2], stitch_id=stitch_id)
+        (output.loss / 2).backward()
+    for (name, value), expected in zip(training.model.named_parameters(), reference.parameters(), strict=True):
+        moved = expected if expected.grad is None else expected - 1e-2 * expected.grad
+        torch.testing.assert_close(value, moved, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_stitches_cannot_share_is_refused_or_left_out(tmp_path) -> None:
+    with pytest.raises(ValueError, match="must divide per_device_train_batch_size, which is 3"):
+        trainer(tmp_path, stitches_per_step=2, per_device_train_batch_size=3)
+    with pytest.raises(ValueError, match="are those of the sampler where one is given"):
+        trainer(tmp_path, sampler=StitchSampler(make("vit").stitches), anchor_probability=0.5)
+    training = trainer(tmp_path, stitches_per_step=3, per_device_train_batch_size=6)  # 6 images, then 2
+    assert training.train().global_step == 6
+
+
+def test_the_statistics_of_batch_norms_stay(tmp_path) -> None:
+    training = trainer(tmp_path, family="resnet", max_steps=2)
+    before = {name: value.clone() for name, value in training.model.named_buffers()}
+    weights = {name: value.detach().clone() for name, value in training.model.named_parameters()}
+    training.train()
+    assert before
+    assert all(torch.equal(value, before[name]) for name, value in training.model.named_buffers())
+    assert any(not torch.equal(value, weights[name]) for name, value in training.model.named_parameters())
 
 
 PUSH = """

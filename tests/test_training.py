@@ -184,6 +184,9 @@ def test_the_main_job_from_anchors_to_predictions(tmp_path, capsys) -> None:
         (["output=/dev/null/run"], "/dev/null/run cannot be made"),
         (["sampling.stitches=[99]"], "sampling.stitches: stitch_id 99 is out of range"),
         (["evaluation.stitches=[99]"], "evaluation.stitches: stitch_id 99"),
+        (["sampling.stitches_per_step=3"], "64 images at a time, which sampling.stitches_per_step=3 does not divide"),
+        (["sampling={stitches: [0, 2], anchor_probability: 0.5}"], "anchor_probability needs both anchors and other"),
+        (["sampling={method: sandwich, stitches_per_step: 2}"], "a sandwich is one stitch with its anchors"),
         (["trackers=[no_such]"], "the tracker 'no_such' is not installed"),
         (["modules=[nowhere.py]"], "there is no file nowhere.py"),
         (["training.optimizer=adamz"], "timm cannot make the optimizer 'adamz'"),
@@ -297,6 +300,13 @@ def test_settings_reach_a_finished_run(name: str, overrides: list[str], tmp_path
     assert measured == [0, 1, 2, 5]
 
 
+def test_stitches_that_are_trained_too_little_are_warned_of(tmp_path, caplog) -> None:
+    recipe = load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *TINY, "sampling.anchor_probability=0.25"])
+    run(recipe)
+    # Two epochs of five steps; of three anchors and 32 others, one of the others is drawn least.
+    assert "gives a stitch about 0 updates, where 300 are few" in caplog.text
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_of_images_with_unreadable_ones(streaming: bool, tmp_path, capsys, caplog) -> None:
     """Files, decoded and augmented one by one; what cannot be read is replaced or left out, and counted."""
@@ -395,6 +405,7 @@ def test_two_processes_are_started_whatever_starts_the_trainer(program: str, tmp
 
 
 PLAIN = [*TINY, "training.clip=null", "training.optimizer=sgd", "training.optimizer_options={}"]
+PLAIN += ["sampling.stitches_per_step=2"]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stitchable import StitchableForImageClassification
 from stitchable.training.books import Books
@@ -73,7 +74,7 @@ def fit(
     # 1: Initialise all stitching layers, by least-squares matching if the recipe says nothing else.
     if phase.initialize:
         phase.initialize()
-    parts = _prepare(accelerator, model, loader, phase.schedule)
+    parts = _prepare(accelerator, model, loader, phase)
     wrapped, optimizer, num_parts = parts.wrapped, parts.optimizer, accelerator.gradient_accumulation_steps
     parameters = list(wrapped.parameters())  # once: the walk through the modules takes a tenth of a small model's step
     with books.open(phase, parts, loader, resume_from, first_step):
@@ -89,7 +90,7 @@ def fit(
                 micro_batches = islice(batches, num_parts)
                 # 4: Clear the gradients: to None, so that the optimiser leaves alone what this step does not use.
                 optimizer.zero_grad(set_to_none=True)
-                # 5: Draw a stitch (or several, of a sandwich).
+                # 5: Draw a stitch (or several, of a sandwich, or each for a share of the images).
                 stitch_ids = phase.sampler.draw(step, accelerator.process_index)
                 for batch in micro_batches:
                     with accelerator.accumulate(wrapped):
@@ -110,15 +111,34 @@ def fit(
 
 
 class Stitches(nn.Module):
-    """Several stitches in one forward pass, which is what data-parallel wrappers allow per backward pass."""
+    """Several stitches in one forward pass, which is what data-parallel wrappers allow per backward pass.
 
-    def __init__(self, model: StitchableForImageClassification) -> None:
+    Args:
+        model: whose stitches they are.
+        share: whether the stitches share the images, stitch j of k taking the positions i with i mod k = j, or each
+            takes them all.
+    """
+
+    def __init__(self, model: StitchableForImageClassification, share: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.share = model, share
 
     def forward(self, pixel_values: torch.Tensor, stitch_ids: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-        """Logits (N, num_labels) of each stitch."""
-        return tuple(self.model(pixel_values, stitch_id=stitch_id).logits for stitch_id in stitch_ids)
+        """Logits (N, num_labels) of each stitch; where they share the images, of all together, one row per image.
+
+        The mean loss of those rows is the mean of the stitches' losses on their shares.
+
+        Raises:
+            ValueError: the stitches cannot share the images equally.
+        """
+        k = len(stitch_ids) if self.share else 1
+        if len(pixel_values) % k:
+            raise ValueError(f"{len(pixel_values)} images cannot be shared equally by {k} stitches of a step")
+        logits = [
+            self.model(pixel_values[j::k] if self.share else pixel_values, stitch_id=stitch_id).logits
+            for j, stitch_id in enumerate(stitch_ids)
+        ]
+        return (torch.stack(logits, dim=1).flatten(0, 1),) if self.share else tuple(logits)
 
 
 @dataclass
@@ -132,14 +152,16 @@ class Prepared:
 
 
 def _prepare(
-    accelerator: Accelerator, model: StitchableForImageClassification, loader: TrainingLoader, schedule: Schedule
+    accelerator: Accelerator, model: StitchableForImageClassification, loader: TrainingLoader, phase: Phase
 ) -> Prepared:
+    schedule = phase.schedule
     steps_per_epoch = loader.batches_per_epoch // accelerator.gradient_accumulation_steps
     compile_blocks(accelerator, model)
     freeze(model, schedule.trainable)
     optimizer = make_optimizer(parameter_groups(model, schedule), schedule)
     scheduler = make_scheduler(optimizer, schedule, steps_per_epoch)
-    wrapped, optimizer = accelerator.prepare(Stitches(model), optimizer)
+    stitches = Stitches(model, share=phase.sampler.stitches_per_step > 1)
+    wrapped, optimizer = accelerator.prepare(stitches, optimizer)
     return Prepared(wrapped, optimizer, scheduler, steps_per_epoch)
 
 
@@ -150,10 +172,19 @@ def freeze(model: StitchableForImageClassification, trainable: str) -> None:
 
 
 def train_mode(wrapped: nn.Module, model: StitchableForImageClassification, schedule: Schedule) -> None:
-    """Drop path, and batch statistics of what is trained."""
+    """Drop path, and batch statistics of what is trained, if they shall be."""
     wrapped.train()
     if schedule.trainable == "stitching_layers":
         model.anchors.eval()  # frozen, statistics of batch norms too
+    elif schedule.batch_norms == "keep":
+        keep_statistics(model)
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Let the batch norms of a model in training mode normalise by their running statistics, and leave these alone."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def compile_blocks(accelerator: Accelerator, model: StitchableForImageClassification) -> None:

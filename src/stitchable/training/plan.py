@@ -35,6 +35,11 @@ def check_plan(recipe: Recipe, accelerator: Accelerator) -> None:
     processor = make_processor(recipe.data, config)
     for name, schedule in recipe.schedules().items():
         micro = micro_batch_size(schedule.batch_size, accelerator, f"{name}.batch_size")
+        if name == "training" and micro % recipe.sampling.stitches_per_step:
+            raise ValueError(
+                f"training.batch_size={schedule.batch_size} gives each process {micro} images at a time, which "
+                f"sampling.stitches_per_step={recipe.sampling.stitches_per_step} does not divide"
+            )
         try:
             optimizer = make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], schedule)
             make_scheduler(optimizer, schedule, steps_per_epoch=1)

@@ -163,6 +163,8 @@ class Schedule(_Section):
         warmup_learning_rate, min_learning_rate: where the linear warm-up begins and the cosine, by steps, ends.
         weight_decay: none on biases, norms, and what the anchors' authors leave out (`no_weight_decay` in timm).
         clip: gradients by their norm, or adaptively by unit ("agc"), at `clip_at`; no clipping if null.
+        batch_norms: "keep" normalises by the running statistics that the anchors came with and leaves them as they are,
+            "update" by those of each batch, which run on; if null, what is `pretrained` keeps its own.
         label_smoothing: weight of the uniform distribution in the targets.
         trainable: everything, or the stitching layers alone (figure 9 c of the paper).
     """
@@ -179,6 +181,7 @@ class Schedule(_Section):
     weight_decay: float = Field(0.05, ge=0)
     clip: Literal["norm", "agc"] | None = None
     clip_at: float = Field(1.0, gt=0)
+    batch_norms: Literal["keep", "update"] | None = None
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     trainable: Literal["all", "stitching_layers"] = "all"
     augmentation: Augmentation = Augmentation()
@@ -199,12 +202,17 @@ class Sampling(_Section):
         method: "uniform" (the paper), "flops_groups" (SN-Netv2: a group of stitches of like cost, then one of it), or
             "sandwich" (a stitch together with the anchors it connects).
         flops_gap: FLOPs by which the stitches of a group may lie above its cheapest.
-        across_processes: the "same" stitch everywhere, or "independent" ones.
+        stitches_per_step: how many are drawn; stitch j of k takes the images at the positions i of the batch of each
+            process with i mod k = j.
+        anchor_probability: that an anchor is drawn, not one of the others; null draws anchors like all stitches.
+        across_processes: the "same" stitches everywhere, or "independent" ones, as the authors' code draws them.
         stitches: ids to draw from; all of them if null. One id trains that network alone.
     """
 
     method: Literal["uniform", "flops_groups", "sandwich"] = "uniform"
     flops_gap: float = Field(1e9, ge=0)
+    stitches_per_step: int = Field(1, ge=1)
+    anchor_probability: Fraction | None = None
     across_processes: Literal["same", "independent"] = "same"
     stitches: list[int] | None = Field(None, min_length=1)
 
@@ -298,6 +306,7 @@ class Recipe(_Section):
             )
         for name, schedule in self.schedules().items():
             _check_augmentation(name, schedule.augmentation, self.data)
+            schedule.batch_norms = schedule.batch_norms or ("keep" if self.pretrained else "update")
         return self
 
     def schedules(self) -> dict[str, Schedule]:

@@ -9,6 +9,7 @@ The stages of a run: data, anchors, algorithm 1 (which is `fit.fit`), evaluation
 import argparse
 import itertools
 import json
+import logging
 import os
 import shutil
 import sys
@@ -61,7 +62,11 @@ from stitchable.training.recipe import Recipe, load_recipe
 from stitchable.training.resuming import evaluate_resumably, weights_digest
 from stitchable.training.sampling import StitchSampler
 
+logger = logging.getLogger(__name__)
+
 Metrics = dict[int, dict[str, float]]
+
+MIN_UPDATES = 300  # of a stitch; the paper's schedule gives about 880
 
 
 def main() -> None:
@@ -211,10 +216,23 @@ class _Run:
         if resumed:
             self.say("4/6 going on to train the stitches together")
         sampler = make_sampler(recipe, self.model.stitches, self.accelerator.num_processes)
+        self.warn_of_few_updates(sampler)
         teaching = recipe.distillation.model_dump(exclude={"teacher"}) if recipe.distillation else {}
         loss = StitchLoss(recipe.training.label_smoothing, teacher=self.teacher, **teaching)
         initialize = None if resumed else self.initialize
         self.fit(Phase(number, "stitches", recipe.training, sampler, loss, initialize, self.after_epoch))
+
+    def warn_of_few_updates(self, sampler: StitchSampler) -> None:
+        """Warn where the schedule leaves stitches under-trained."""
+        steps = self.recipe.training.epochs * (self.num_images // self.recipe.training.batch_size)
+        fewest = min(sampler.updates(steps).values())
+        if 0 < fewest < MIN_UPDATES and self.accelerator.is_main_process:
+            logger.warning(
+                "the schedule gives a stitch about %.0f updates, where %d are few: raise training.epochs or "
+                "sampling.stitches_per_step, or draw from fewer with sampling.stitches",
+                fewest,
+                MIN_UPDATES,
+            )
 
     def initialize(self) -> None:
         """Fit the stitching layers and measure every stitch before the joint training."""

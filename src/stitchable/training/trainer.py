@@ -6,35 +6,57 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from stitchable.training.fit import Stitches, keep_statistics
 from stitchable.training.losses import StitchLoss
 from stitchable.training.sampling import StitchSampler
 
 
 class StitchTrainer(Trainer):
-    """A `transformers.Trainer` that draws a stitch for each optimiser step; it evaluates the model's default stitch.
+    """A `transformers.Trainer` that draws stitches for each optimiser step; it evaluates the model's default stitch.
+
+    The batch norms of its anchors keep their running statistics, as those of `train` with pretrained anchors do.
 
     Args:
-        sampler: what is drawn; of all stitches, each equally likely, if None.
+        sampler: what is drawn, if it is not simply all stitches, each equally likely.
+        stitches_per_step: k stitches are drawn instead of one, and stitch j takes the images at the positions i of a
+            batch with i mod k = j; for the sampler that is made here.
+        anchor_probability: that an anchor is drawn, as `StitchSampler` takes it; likewise.
         stitch_loss: of what was drawn; cross entropy, with the `label_smoothing_factor` of the arguments, if None.
         arguments: those of `transformers.Trainer`.
 
     Raises:
-        ValueError: a sandwich on several processes, whose wrapper allows one forward pass per backward pass.
+        ValueError: a sampler beside what is for one that is made here, batches that k stitches cannot share, or FSDP or
+            DeepSpeed.
     """
 
     def __init__(
         self,
         *arguments: Any,
         sampler: StitchSampler | None = None,
+        stitches_per_step: int | None = None,
+        anchor_probability: float | None = None,
         stitch_loss: StitchLoss | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("StitchTrainer keeps all weights on every process; `stitchable train` can use FSDP")
+        if sampler and (stitches_per_step or anchor_probability is not None):
+            raise ValueError("stitches_per_step and anchor_probability are those of the sampler where one is given")
         model: Any = self.model
-        self.sampler = sampler or StitchSampler(model.stitches, num_processes=self.args.world_size, seed=self.args.seed)
+        self.sampler = sampler or StitchSampler(
+            model.stitches,
+            stitches_per_step=stitches_per_step or 1,
+            anchor_probability=anchor_probability,
+            num_processes=self.args.world_size,
+            seed=self.args.seed,
+        )
         self.stitch_loss = stitch_loss or StitchLoss(self.args.label_smoothing_factor)
-        if self.args.world_size > 1 and len(self.sampler.draw(0)) > 1:
-            raise ValueError("StitchTrainer runs one stitch per step on several processes; a sandwich needs train.py")
+        if self.args.train_batch_size % self.sampler.stitches_per_step:
+            raise ValueError(
+                f"{self.sampler.stitches_per_step} stitches of a step share each batch equally, so they must divide "
+                f"per_device_train_batch_size, which is {self.args.per_device_train_batch_size}"
+            )
         self.model_accepts_loss_kwargs = False  # ours are means, which accumulated gradients divide once more
 
     def compute_loss(
@@ -44,11 +66,25 @@ class StitchTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of what this step drew, with the outputs if asked for; in evaluation, of the default stitch."""
+        """The loss of what this step drew, with its logits if asked for; in evaluation, of the default stitch."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        keep_statistics(model)
         # By the step, so that a resumed run draws what an uninterrupted one does.
         stitch_ids = self.sampler.draw(self.state.global_step, self.args.process_index)
-        outputs = [model(pixel_values=inputs["pixel_values"], stitch_id=stitch_id) for stitch_id in stitch_ids]
-        loss = self.stitch_loss([output.logits for output in outputs], inputs["labels"], inputs["pixel_values"])
-        return (loss, outputs[0]) if return_outputs else loss
+        pixel_values, labels = inputs["pixel_values"], inputs["labels"]
+        if self.sampler.stitches_per_step > 1:
+            # The last batch of an epoch may be smaller: what they cannot share equally is left out.
+            stitch_ids = stitch_ids[: len(labels)]
+            size = len(labels) - len(labels) % len(stitch_ids)
+            pixel_values, labels = pixel_values[:size], labels[:size]
+        logits = model(pixel_values, stitch_ids)
+        loss = self.stitch_loss(logits, labels, pixel_values)
+        return (loss, {"logits": logits[0]}) if return_outputs else loss
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """All stitches of a step in one forward pass, which is what data-parallel wrappers allow per backward pass."""
+        stitched: Any = model
+        if training and model is self.model:
+            stitched = self.accelerator.prepare(Stitches(stitched, share=self.sampler.stitches_per_step > 1))
+        return super()._wrap_model(stitched, training, dataloader)

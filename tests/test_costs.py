@@ -8,9 +8,17 @@ import torch
 from torch import nn
 
 import stitchable
-from families import FAMILIES, make
+from families import FAMILIES, images, make
 from stitchable import StitchableConfig, StitchableForImageClassification, update_costs
-from stitchable.costs import Cost, count_flops, profile_anchor
+from stitchable.costs import (
+    Cost,
+    count_flops,
+    flops_of_steps,
+    num_shared_steps,
+    profile_anchor,
+    profile_architecture,
+    shared_flops,
+)
 
 DEIT = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
 SWIN = [f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")]
@@ -185,3 +193,40 @@ def test_images_need_not_be_square(name: str, size: list[int]) -> None:
 def test_images_of_the_wrong_size_are_named() -> None:
     with pytest.raises(ValueError, match="cannot take images of 3x32x32"):
         profile_anchor(timm.create_model("vit_tiny_patch16_224", depth=1), (32, 32))
+
+
+@pytest.mark.parametrize("name", ["vit", "vit-registers", "swin", "resnet-swin", "swin-vit-registers", "vit-patches"])
+def test_the_steps_of_a_stitch_and_its_head_are_what_it_costs(name: str) -> None:
+    model = make(name)
+    profiles = [profile_architecture(*described) for described in architectures(model.config)]
+    for stitch in model.stitches:
+        flops = flops_of_steps(stitch, profiles)
+        back = profiles[stitch.route[-1].anchor]
+        assert len(flops) == len(model.steps(stitch.id))
+        assert sum(flops) + back.head.flops - back.neck_flops == stitch.flops
+
+
+def architectures(config: StitchableConfig) -> list[tuple]:
+    size, channels = config.image_size, config.num_channels
+    return [(e["architecture"], e["kwargs"], config.num_labels, size, channels) for e in config.anchors]
+
+
+@torch.no_grad()
+def test_what_two_stitches_share_is_what_the_counter_finds() -> None:
+    model = make("vit", nearest=False)
+    ids = [stitch.id for stitch in model.stitches]
+    shared = shared_flops(model, ids)
+    assert shared == [list(column) for column in zip(*shared, strict=True)]
+    for first in ids:
+        for second in ids:
+            steps = model.steps(first)[: num_shared_steps(model.steps(first), model.steps(second))]
+
+            def run(pixel_values: torch.Tensor, steps: tuple = steps) -> torch.Tensor:
+                flow = model.start(pixel_values)
+                for step in steps:
+                    flow = model.run_step(step, flow)
+                return flow.features
+
+            assert shared[first][second] == count_flops(run, images("vit", 1)), (first, second)
+    assert shared[0][1] == 0  # two anchors share nothing
+    assert shared[0][0] < model.stitches[0].flops  # the head is no step

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from stitchable.families.adapter import Description, Layout
 from stitchable.families.registry import class_reference, create_model, describe
 from stitchable.model.chain import Anchor, Chain, Part
-from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.operations import TimmModel
-from stitchable.model.routes import AnchorShape, Cut, Stitch, carried_tokens
+from stitchable.model.routes import AnchorShape, Cut, Joint, Stitch, carried_tokens, find_stitch
 
 _FLOPS_OF_BILINEAR = 4
 """Per output element, as fvcore counts them."""
@@ -180,13 +181,52 @@ def cost_of_stitch(stitch: Stitch, profiles: Sequence[AnchorProfile]) -> Cost:
         cost += replace(part, params=0) if what in there else part
         there.add(what)
 
-    for name, front, back in stitch.joints:
-        source, target = profiles[front.anchor].shape, profiles[back.anchor].shape
-        add(name, cost_of_layer(source, front.stop, target, back.start))
-        add(("context", back.anchor), profiles[back.anchor].context)
-        if None in carried_tokens(source, target):
-            add(("prefix", back.anchor), profiles[back.anchor].prefix)
+    for joint in stitch.joints:
+        for what, part in _parts_of_joint(joint, profiles).items():
+            add(what, part)
     return cost
+
+
+def _parts_of_joint(joint: Joint, profiles: Sequence[AnchorProfile]) -> dict[Any, Cost]:
+    """What a stitching layer brings with it: itself, and what the blocks behind it need."""
+    back = joint.back.anchor
+    source, target = profiles[joint.front.anchor].shape, profiles[back].shape
+    parts: dict[Any, Cost] = {joint.layer: cost_of_layer(source, joint.front.stop, target, joint.back.start)}
+    parts["context", back] = profiles[back].context
+    if None in carried_tokens(source, target):
+        parts["prefix", back] = profiles[back].prefix
+    return parts
+
+
+def flops_of_steps(stitch: Stitch, profiles: Sequence[AnchorProfile]) -> list[int]:
+    """FLOPs of each step of a stitch, in the order of `model.steps`: all that it costs but for its head."""
+    flops = [profiles[stitch.route[0].anchor].stem.flops]
+    for segment, joint in zip(stitch.route, (*stitch.joints, None), strict=True):
+        flops += [block.flops for block in profiles[segment.anchor].blocks[segment.start : segment.stop]]
+        if joint is not None:
+            flops.append(sum(part.flops for part in _parts_of_joint(joint, profiles).values()))
+    return [*flops, 0 if stitch.skips_neck else profiles[stitch.route[-1].anchor].neck_flops]
+
+
+def shared_flops(model: StitchablePreTrainedModel, stitch_ids: Sequence[int]) -> list[list[int]]:
+    """For each two stitches the FLOPs of the steps that both begin with, which need to run only once for both.
+
+    Raises:
+        ValueError: an unknown stitch.
+    """
+    profiles = [_profile_of(anchor, model.config) for anchor in model.shapes]
+    steps = [model.steps(stitch_id) for stitch_id in stitch_ids]
+    flops = [flops_of_steps(find_stitch(model.stitches, stitch_id), profiles) for stitch_id in stitch_ids]
+    return [
+        [sum(costs[: num_shared_steps(mine, theirs)]) for theirs in steps]
+        for mine, costs in zip(steps, flops, strict=True)
+    ]
+
+
+def num_shared_steps(first: Sequence[Step], second: Sequence[Step]) -> int:
+    """How many steps two stitches begin with alike."""
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return sum(1 for _ in alike)
 
 
 def update_costs(model: StitchablePreTrainedModel) -> None:

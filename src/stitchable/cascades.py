@@ -1,0 +1,251 @@
+"""Find cascades: budgets per image on average, from the logits of one pass over labelled images."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.utils import logging
+
+from stitchable.batches import unpack_batch
+from stitchable.cascade_search import Candidate, TwoFold, search_two_fold
+from stitchable.cascade_stages import Costs
+from stitchable.costs import shared_flops
+from stitchable.evaluation import evaluation_mode, run_stitches
+from stitchable.fingerprints import Watch
+from stitchable.front import paired_interval
+from stitchable.model.modeling_stitchable import StitchableForImageClassification
+from stitchable.model.routes import find_stitch
+
+logger = logging.get_logger(__name__)
+
+_NUM_BUDGETS = 24
+"""Mean budgets, evenly spaced in log FLOPs, for which a cascade is kept: a front of hundreds helps nobody to choose."""
+_FEW_IMAGES = 1000
+_SUSPICIOUS = 0.995
+_LOWEST = -6e4  # of float16, nearly
+
+
+def find_cascades(
+    model: StitchableForImageClassification,
+    batches: Iterable[Any],
+    stitch_ids: Sequence[int] | None = None,
+    *,
+    dataset: str = "",
+    split: str = "",
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Find the best cascades of a model's stitches, and measure every stitch in the same pass.
+
+    The logits are kept in float16 in a temporary file (TMPDIR says where): two bytes per stitch, image and class.
+
+    Args:
+        model: it runs in evaluation mode, on its device. Its stitch table gets the figures that `evaluate` would write,
+            its config the cascades that were found, in the place of those it has.
+        batches: as for `evaluate`, of images that the model was **not** trained on; read once.
+        stitch_ids: the stitches to search; all of them if None.
+        dataset: what the images are, kept beside the cascades.
+        split: of the data set, kept too.
+        seed: of the halves of the images.
+
+    Returns:
+        The cascades as they are in `config.cascades`, the cheapest first, at most one for each of 24 budgets between
+        the cheapest and the dearest stitch. Stages, `flops` (mean per image) and `max_flops` are chosen on all images;
+        `metrics` are two-fold: what each half's choice within the same mean FLOPs gives on the other half.
+        `metrics["gain"]` is the accuracy above that of the best stitch alone within these FLOPs, chosen alike, and
+        `interval` the 95 % interval of this gain, from a bootstrap that is paired image by image.
+
+    Raises:
+        ValueError: an unknown stitch or one that this model leaves out, fewer than two stitches, a model of several
+            labels per image, stitches without FLOPs, and of the data: as `evaluate`; logits that are not finite, images
+            of one class, or fewer than two.
+    """
+    ids = _ids(model, stitch_ids)
+    flops = [find_stitch(model.stitches, stitch_id).flops for stitch_id in ids]
+    watched = Watch(batches, model.config)
+    with LogitFile(ids) as logits:
+        labels = measure_logits(model, watched, ids, logits)
+        costs = Costs(np.array(flops), np.array(shared_flops(model, ids)))
+        found = search_two_fold(logits, labels, costs, seed=seed)
+    facts = {"images": len(labels), "dataset": dataset, "split": split}
+    cascades = [{"id": place, **entry, **facts} for place, entry in enumerate(_kept(found, costs, ids))]
+    _warn(cascades, found, watched, len(labels))
+    model.config.cascades = cascades
+    return cascades
+
+
+def _ids(model: StitchableForImageClassification, stitch_ids: Sequence[int] | None) -> list[int]:
+    if model.config.problem_type in ("multi_label_classification", "regression"):
+        raise ValueError(
+            f"a cascade asks which one class is the most probable, and this model's problem_type is "
+            f"{model.config.problem_type!r}; only single_label_classification has cascades"
+        )
+    wanted = [stitch.id for stitch in model.stitches] if stitch_ids is None else stitch_ids
+    ids = list(dict.fromkeys(find_stitch(model.stitches, i, model.config.left_out).id for i in wanted))
+    if len(ids) < 2:
+        raise ValueError(f"a cascade needs at least two stitches, got {ids}")
+    unknown = [stitch_id for stitch_id in ids if find_stitch(model.stitches, stitch_id).flops is None]
+    if unknown:
+        raise ValueError(f"nobody has counted the FLOPs of stitch {unknown[0]}; stitchable.update_costs(model) does")
+    return ids
+
+
+class LogitFile:
+    """The logits of every stitch in float16, in a temporary file that is mapped to memory a stitch at a time.
+
+    Each image's logits are kept less their largest, which changes no probability and is where float16 is finest.
+    """
+
+    def __init__(self, stitch_ids: Sequence[int]) -> None:
+        self._ids = list(stitch_ids)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
+        self._sizes: list[tuple[int, int]] = []
+
+    def __enter__(self) -> "LogitFile":
+        """As it is."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The file goes."""
+        self._file.close()
+
+    def append(self, logits: Sequence[torch.Tensor]) -> None:
+        """Add images: for each stitch logits (n, num_labels).
+
+        Raises:
+            ValueError: one is infinite or no number.
+        """
+        for stitch_id, logits_NC in zip(self._ids, logits, strict=True):
+            relative = logits_NC.float() - logits_NC.float().amax(1, keepdim=True)
+            if not relative.isfinite().all():
+                raise ValueError(
+                    f"the logits of stitch {stitch_id} are not finite for "
+                    f"{int((~relative.isfinite().all(1)).sum())} of {len(relative)} images of a batch"
+                )
+            self._file.write(relative.clamp(min=_LOWEST).half().cpu().numpy().tobytes())
+        self._sizes.append((len(logits[0]), logits[0].shape[1]))
+
+    def __len__(self) -> int:
+        """The number of stitches."""
+        return len(self._ids)
+
+    def __getitem__(self, stitch: int) -> npt.NDArray[np.float16]:
+        """The logits (N, num_labels) of the stitch at this place."""
+        self._file.flush()
+        numbers = np.memmap(self._file, np.float16, mode="r")  # a new one each time, so that no page stays
+        parts, start = [], 0
+        for num_images, num_labels in self._sizes:
+            size = num_images * num_labels
+            parts.append(numbers[start + stitch * size : start + (stitch + 1) * size].reshape(num_images, num_labels))
+            start += len(self) * size
+        return np.concatenate(parts)
+
+
+def measure_logits(
+    model: StitchableForImageClassification, batches: Iterable[Any], ids: Sequence[int], logits: LogitFile
+) -> npt.NDArray[np.int64]:
+    """Run stitches over labelled images and keep their logits; the figures go into the stitch table.
+
+    Args:
+        model: as for `find_cascades`.
+        batches: as for `find_cascades`.
+        ids: of the stitches.
+        logits: of these stitches, empty; where the logits go, of the images whose label is not -100.
+
+    Returns:
+        The labels (N,) of these images.
+
+    Raises:
+        ValueError: no image counts, a label that is none of the classes, or logits that are not finite.
+    """
+    from stitchable.metrics import IGNORED, compute_figures, rank_and_loss
+
+    num_labels: Any = model.config.num_labels
+    rows, counted = [], []
+    for labels, by_id in _run_batches(model, batches, ids):
+        wrong = (labels != IGNORED) & ((labels < 0) | (labels >= num_labels))
+        if wrong.any():
+            raise ValueError(f"label {int(labels[wrong][0])} is none of the model's classes 0..{num_labels - 1}")
+        counts = labels != IGNORED
+        if counts.any():
+            chosen = [by_id[stitch_id][counts.to(by_id[stitch_id].device)] for stitch_id in ids]
+            labels = labels[counts]
+            logits.append(chosen)
+            rows.append(torch.stack([rank_and_loss(each, labels.to(each.device)).cpu() for each in chosen], dim=1))
+            counted.append(labels.cpu().numpy())
+    if not rows:
+        raise ValueError("there is no data to find cascades on: the batches are empty, or every label is -100")
+    for stitch_id, metrics in compute_figures(torch.cat(rows), ids).items():
+        model.record(stitch_id, metrics={**find_stitch(model.stitches, stitch_id).metrics, **metrics})
+    return np.concatenate(counted)
+
+
+@torch.no_grad()
+def _run_batches(
+    model: StitchableForImageClassification, batches: Iterable[Any], ids: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
+    with evaluation_mode(model):
+        for batch in logging.tqdm(batches, desc="evaluating", leave=False):
+            pixel_values, labels = unpack_batch(batch, labels="required")
+            assert labels is not None
+            yield labels.to(model.device), dict(run_stitches(model, pixel_values, ids))
+
+
+def _kept(found: TwoFold, costs: Costs, ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A cascade for each budget that is better than the ones before and than the stitches, with two-fold figures."""
+    best, done = -1.0, set()
+    for budget in np.geomspace(costs.flops.min(), costs.flops.max(), _NUM_BUDGETS):
+        candidate = [candidate for candidate in found.candidates if candidate.flops <= budget * (1 + 1e-9)][-1]
+        if not candidate.is_cascade or candidate in done:
+            continue
+        done.add(candidate)
+        correct, alone = found.within(candidate.flops)
+        accuracy, gain = float(correct.mean()), float(correct.mean() - alone.mean())
+        if accuracy > best and gain > 0:
+            best = accuracy
+            yield {
+                "stages": stages_of(candidate, ids),
+                "flops": candidate.flops,
+                "max_flops": candidate.max_flops,
+                "metrics": {"accuracy": accuracy, "gain": gain},
+                "interval": list(paired_interval(correct.astype(float) - alone.astype(float))),
+            }
+
+
+def stages_of(candidate: Candidate, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The stages in JSON types, as `config.json` has them, with the ids of their stitches."""
+    stages = []
+    for place, stage in enumerate(candidate.stages):
+        entry: dict[str, Any] = {"stitch": ids[stage.stitch], "temperature": stage.temperature}
+        if stage.score is not None:
+            entry |= {"score": stage.score, "threshold": stage.threshold}
+        stages.append({**entry, "combine": stage.combine} if place else entry)
+    return stages
+
+
+def _warn(cascades: Sequence[dict[str, Any]], found: TwoFold, watched: Watch, num_images: int) -> None:
+    if watched.num_known:
+        logger.warning(
+            f"{watched.num_known} of the {num_images} images are among those that the model was trained on, where it "
+            "is surer than it will be; find cascades on others"
+        )
+    best = max(found.candidates, key=lambda candidate: candidate.accuracy).accuracy
+    if not watched.has_fingerprints and best >= _SUSPICIOUS:
+        logger.warning(
+            f"{100 * best:.1f} % of the images are right, which is a lot: if the anchors were trained on them, "
+            "thresholds will not hold on others"
+        )
+    if num_images < _FEW_IMAGES:
+        logger.warning(
+            f"only {num_images} images decide; thresholds chosen on fewer than {_FEW_IMAGES} hold badly on others"
+        )
+    if not cascades:
+        logger.warning("no cascade is better than the best stitch of its cost; none is kept")
+    unsure = [cascade["id"] for cascade in cascades if cascade["interval"][0] <= 0]
+    if unsure:
+        logger.warning(
+            f"the interval of the gain contains zero for {len(unsure)} of {len(cascades)} cascades (ids {unsure}): "
+            "more images would tell whether they are better than a stitch"
+        )

@@ -273,6 +273,50 @@ def eval(  # the name of the command
 
 
 @command
+def cascade(
+    folder: Folder,
+    data: Annotated[str, typer.Argument(help="Folder with a folder of images per class, or data set of the Hub.")],
+    split: Annotated[str | None, typer.Option(help="Of the data.")] = None,
+    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "image",
+    label_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "label",
+    stitches: Annotated[str | None, typer.Option(help="Ids to search, such as 0,1,24; all if left out.")] = None,
+    batch_size: int = 64,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Find cascades, which run a dearer stitch where a cheaper one is unsure, and measure the stitches in that pass."""
+    from stitchable import find_cascades
+    from stitchable.card import Card
+    from stitchable.cascades import cascade_table
+    from stitchable.publishing import card_of, processor_of, update_repository
+
+    card_of(folder)  # refuses one that cannot be written anew before anything is measured
+    model = _to(_load(folder, trust_remote_code), device)
+    known = Card.of(model.config, "")  # refuses facts that are none before anything is measured
+    batches = _read(
+        data,
+        processor_of(model),
+        config=model.config,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        batch_size=batch_size,
+        seed=None,
+    )
+    dataset = Path(data).name if Path(data).is_dir() else data
+    if (known.dataset, known.split) != (dataset, split or ""):
+        for stitch in model.stitches:  # what was measured on other data does not stand beside it
+            model.record(stitch.id, metrics={})
+    found = find_cascades(model, batches, _numbers(stitches, "--stitches"), dataset=dataset, split=split or "")
+    update_repository(model, folder, dataset=dataset, split=split or "")
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, allow_nan=False))
+    else:
+        typer.echo(cascade_table(found))
+
+
+@command
 def calibrate(
     folder: Folder,
     batch_sizes: Annotated[

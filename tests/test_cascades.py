@@ -20,7 +20,7 @@ from stitchable.cascade_stages import (
     run_cascade,
     scores_of,
 )
-from stitchable.cascades import LogitFile, find_cascades
+from stitchable.cascades import LogitFile, cascade_table, find_cascades
 from stitchable.costs import shared_flops
 from stitchable.fingerprints import NUM_STORED, fingerprints, remember
 
@@ -335,6 +335,24 @@ def test_one_pass_gives_cascades_and_what_evaluate_gives(said) -> None:
 def test_what_was_measured_of_few_images_is_said(said) -> None:
     find_cascades(make("vit", nearest=False), data())
     assert any("only 300 images decide" in text for text in said)
+
+
+def test_the_table_says_what_its_figures_are() -> None:
+    stages = [
+        {"stitch": 0, "temperature": 1.1, "score": "max_probability", "threshold": 0.9},
+        {"stitch": 57, "temperature": 1.0, "combine": "mean"},
+    ]
+    cascade = {"id": 3, "stages": stages, "flops": 5.2e6, "max_flops": 16.75e6, "images": 5000}
+    cascade |= {"metrics": {"accuracy": 0.9381, "gain": 0.0042}, "interval": [0.0008, 0.0078]}
+    assert cascade_table([cascade]).splitlines() == [
+        "| id | stages | MFLOPs, mean | at most | accuracy | gain | interval of the gain |",
+        "| ---: | :--- | ---: | ---: | ---: | ---: | ---: |",
+        "| 3 | 0, where p < 0.9 → 57, mean | 5.200 | 16.750 | 93.81 % | +0.42 | +0.08 to +0.78 |",
+        "",
+        "Two-fold on 5,000 images: each half chose for the other. The gain is in points above the best stitch of the "
+        "same cost, with its 95 % interval.",
+    ]
+    assert cascade_table([]) == "no cascade is better than the best stitch of its cost"
 
 
 def test_it_is_said_when_no_cascade_is_surely_better(said) -> None:

@@ -156,6 +156,21 @@ def test_eval_writes_what_it_measured_into_the_folder(folder, pictures) -> None:
     assert (folder / "model-anchor-1.safetensors").stat().st_mtime_ns == weights
 
 
+def test_cascade_writes_what_it_found_into_the_folder(folder, pictures) -> None:
+    config = StitchableConfig.from_pretrained(folder)
+    config.stitches[8]["metrics"] = {"accuracy": 0.9}  # on other data, which is not to stand beside the new figures
+    config.save_pretrained(folder)
+    options = ("--batch-size", 4, "--stitches", "0,1,2,3")
+    found = json.loads(run("cascade", folder, pictures, "--json", *options).stdout)
+    config = StitchableConfig.from_pretrained(folder)
+    assert config.cascades == found
+    assert {entry["id"] for entry in config.stitches if entry.get("metrics")} == {0, 1, 2, 3}
+    assert all((entry["dataset"], entry["images"]) == ("pictures", 10) for entry in found)
+    assert "accuracy on pictures." in ModelCard.load(folder / "README.md").text
+    printed = run("cascade", folder, pictures, *options).stdout
+    assert printed.count("\n|") == len(found) + 1 if found else "no cascade is better" in printed
+
+
 @pytest.mark.slow
 def test_calibrate_makes_budgets(folder) -> None:
     output = run("calibrate", folder, "--num-runs", 1, "--threads", torch.get_num_threads()).stdout
@@ -202,6 +217,8 @@ def test_export_writes_graphs_or_a_program(folder, tmp_path) -> None:
         (["eval", "{folder}", "{pictures}", "--device", "nowhere"], "the model cannot be put on 'nowhere'"),
         (["table", "{folder}", "--pareto"], "has a measured accuracy; stitchable eval measures them"),
         (["eval", "{folder}", "{splits}"], "has the splits train, validation; choose one"),
+        (["cascade", "{folder}", "{pictures}", "--stitches", "77"], "stitch_id 77 is out of range"),
+        (["cascade", "{folder}", "{pictures}", "--stitches", "1"], "a cascade needs at least two stitches"),
         (["calibrate", "{folder}", "--batch-sizes", "0"], "batch_sizes and num_runs must be at least 1"),
         (["extract", "{folder}", "4", "{folder}"], "already holds something"),
         (["extract", "{folder}", "99", "{new}"], "stitch_id 99 is out of range"),
@@ -259,7 +276,7 @@ def test_labels_that_are_none_of_the_classes_are_refused(label) -> None:
 
 def test_help_reads_well() -> None:
     text = run("--help").stdout
-    for name in ("build", "table", "plot", "eval", "calibrate", "extract", "export", "convert", "push"):
+    for name in ("build", "table", "plot", "eval", "cascade", "calibrate", "extract", "export", "convert", "push"):
         assert name in text
         assert f"Usage: root {name} [OPTIONS]" in run(name, "--help").stdout
 

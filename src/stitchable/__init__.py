@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from stitchable import tables, timm_contract
 from stitchable.building import from_anchors, make_config
+from stitchable.cascades import find_cascades
 from stitchable.costs import update_costs
 from stitchable.evaluation import evaluate
 from stitchable.families.adapter import Adapter, Layout
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "evaluate",
+    "find_cascades",
     "from_anchors",
     "initialize_stitches",
     "make_config",

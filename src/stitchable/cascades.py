@@ -1,7 +1,7 @@
 """Find cascades: budgets per image on average, from the logits of one pass over labelled images."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from stitchable.fingerprints import Watch
 from stitchable.front import paired_interval
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
 from stitchable.model.routes import find_stitch
+from stitchable.plots import flops_unit
 
 logger = logging.get_logger(__name__)
 
@@ -90,6 +91,47 @@ def _ids(model: StitchableForImageClassification, stitch_ids: Sequence[int] | No
     if unknown:
         raise ValueError(f"nobody has counted the FLOPs of stitch {unknown[0]}; stitchable.update_costs(model) does")
     return ids
+
+
+def cascade_table(cascades: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of cascades as `find_cascades` returns them, and what its figures are.
+
+    Accuracies and gains are in percent and points, FLOPs are multiply-adds plus normalisation terms.
+    """
+    if not cascades:
+        return "no cascade is better than the best stitch of its cost"
+    unit, divisor = flops_unit(max(cascade["max_flops"] for cascade in cascades))
+    header = ["id", "stages", f"{unit}, mean", "at most", "accuracy", "gain", "interval of the gain"]
+    rows = [header, ["---:", ":---", *["---:"] * 5]]
+    for cascade in cascades:
+        low, high = cascade["interval"]
+        metrics = cascade["metrics"]
+        rows.append(
+            [
+                str(cascade["id"]),
+                stages_in_words(cascade["stages"]),
+                *(f"{cascade[name] / divisor:.3f}" for name in ("flops", "max_flops")),
+                f"{100 * metrics['accuracy']:.2f} %",
+                f"{100 * metrics['gain']:+.2f}",
+                f"{100 * low:+.2f} to {100 * high:+.2f}",
+            ]
+        )
+    said = (
+        f"Two-fold on {cascades[0]['images']:,} images: each half chose for the other. The gain is in points above the "
+        "best stitch of the same cost, with its 95 % interval."
+    )
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", said])
+
+
+def stages_in_words(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Which stitch runs, and below which score the next one does: "0, where p < 0.9 → 57"."""
+    words = {"max_probability": "p", "margin": "margin"}
+    parts = [
+        f"{stage['stitch']}"
+        + (f", where {words[stage['score']]} < {stage['threshold']:.3g}" if "score" in stage else "")
+        for stage in stages
+    ]
+    return " → ".join(parts) + (", mean" if stages[-1].get("combine") == "mean" else "")
 
 
 class LogitFile:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from reproduce import STUDIES
-from reproduction_report import PAGE, RESULTS, fill, rank_correlations, read_runs
+from reproduction_report import PAGE, RESULTS, fill, judge_run, rank_correlations, read_runs
 from stitchable.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +38,19 @@ def test_rank_correlations_are_per_pair_with_its_anchors() -> None:
     accuracy = {"0": 0.1, "1": 0.4, "2": 0.2, "3": 0.3, "4": 0.2, "5": 0.3, "6": 0.0}
     run = {"stitches": {i: {"route": routes[i], "flops": flops[i]} for i in routes}, "trained": accuracy}
     assert rank_correlations(run, "trained") == pytest.approx({(0, 1): 1.0, (1, 2): -1.0})
+
+
+def test_the_front_is_judged_against_the_anchors_as_they_were() -> None:
+    stitches = {
+        "0": {"route": [[0, 0, 2]], "flops": 1},
+        "1": {"route": [[1, 0, 2]], "flops": 4},
+        "2": {"route": [[0, 0, 1], [1, 1, 2]], "flops": 2},
+    }
+    run = {"stitches": stitches, "trained": {"0": 0.4, "1": 0.7, "2": 0.8}}
+    found = judge_run(run, {"0": 0.5, "1": 0.9})
+    # Half of the range 0.4, half 0.8, against 0.5 and a line with 0.7 in the middle.
+    assert (found.area, found.null_line) == (pytest.approx(0.6), pytest.approx(0.5))
+    assert found.share == pytest.approx(0.5)
 
 
 def test_the_page_shows_what_the_results_say() -> None:

@@ -16,6 +16,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from stitchable.front import Judgement, judge
+
 RESULTS = Path(__file__).parents[2] / "docs" / "reproduction"
 PAGE = RESULTS.with_suffix(".md")
 Run = dict[str, Any]
@@ -109,6 +111,38 @@ def _interpolation(runs: dict[str, dict[str, Run]]) -> str:
         rows.append([*row, _percent(inside)])
     head = ["pair", "stitches", "mean, initialised", "rank correlation", "mean, trained", "rank correlation"]
     return _table([*head, "between their anchors"], rows)
+
+
+def _front(runs: dict[str, dict[str, Run]]) -> str:
+    """What a variant's front is worth against the anchors as they were before the joint training."""
+    rows = []
+    for name, seeds in runs.items():
+        if not _is_compared(name):
+            continue
+        judged = [judge_run(run, runs["base"][seed]["before"]) for seed, run in seeds.items()]
+        shares = [found.share for found in judged if found.share is not None]
+        rows.append(
+            [
+                name,
+                _percent(found.null_line for found in judged),
+                _percent(found.area for found in judged),
+                _percent(found.straight_line for found in judged),
+                _spread(shares, "{:.2f}") if len(shares) == len(judged) else "the lines are too near",
+            ]
+        )
+    return _table(["variant", "null line", "area of the front", "straight line", "share"], rows)
+
+
+def judge_run(run: Run, untouched: dict[str, float]) -> Judgement:
+    """The front of all stitches of a run, its trained anchors included, against anchors as they were."""
+    trained = run["trained"]
+    anchors = [i for i, entry in run["stitches"].items() if len(entry["route"]) == 1]
+    return judge(
+        [run["stitches"][i]["flops"] for i in trained],
+        list(trained.values()),
+        [run["stitches"][i]["flops"] for i in anchors],
+        [untouched[i] for i in anchors],
+    )
 
 
 def _variants(runs: dict[str, dict[str, Run]]) -> str:
@@ -229,6 +263,7 @@ def _entries(seeds: dict[str, Run]) -> dict[str, Any]:
 TABLES = {
     "anchors": _anchors,
     "interpolation": _interpolation,
+    "front": _front,
     "variants": _variants,
     "nearest": _nearest,
     "alone": _alone,

@@ -193,7 +193,9 @@ def table(
 ) -> None:
     """Print the stitches of a model: routes, costs, measured figures."""
     from stitchable import StitchableConfig, pareto_front
-    from stitchable.card import short_names, stitch_table
+    from stitchable.card import Card, short_names, stitch_table
+    from stitchable.cascades import cascade_table
+    from stitchable.front import in_words, judge_stitches
     from stitchable.model.routes import Stitch
 
     config = StitchableConfig.from_pretrained(model)
@@ -207,6 +209,11 @@ def table(
         typer.echo(json.dumps([stitch.to_dict() for stitch in chosen], indent=1, allow_nan=False))
     else:
         typer.echo(stitch_table(chosen, short_names(config)))
+        judged = judge_stitches(stitches, Card.of(config, "").accuracy_before)
+        if judged:
+            typer.echo(f"\n{in_words(judged)}")
+        if config.cascades:
+            typer.echo(f"\n{cascade_table(config.cascades)}")
 
 
 @command
@@ -217,7 +224,8 @@ def plot(
 ) -> None:
     """Draw accuracy against FLOPs of all stitches, the anchors starred."""
     from stitchable import StitchableConfig
-    from stitchable.card import short_names
+    from stitchable.card import Card, short_names
+    from stitchable.front import untouched_anchors
     from stitchable.model.routes import Stitch
     from stitchable.plots import plot_stitches
 
@@ -225,7 +233,9 @@ def plot(
     if output.exists():
         raise ValueError(f"{output} exists; choose another name, or remove it")
     stitches = [Stitch.from_dict(stitch) for stitch in config.stitches]
-    plot_stitches(stitches, short_names(config), metric).savefig(output)
+    untouched = untouched_anchors(stitches, Card.of(config, "").accuracy_before) if metric == "accuracy" else None
+    cascades = config.cascades
+    plot_stitches(stitches, short_names(config), metric, untouched=untouched, cascades=cascades).savefig(output)
     typer.echo(str(output))
 
 

@@ -5,7 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from stitchable.front import Half, area, halves, judge, judge_two_fold, on_own_front, paired_interval, staircase
+from stitchable import Segment, Stitch
+from stitchable.front import (
+    Half,
+    area,
+    halves,
+    in_words,
+    judge,
+    judge_stitches,
+    judge_two_fold,
+    on_own_front,
+    paired_interval,
+    staircase,
+    untouched_anchors,
+)
 
 
 def test_the_null_line_and_the_straight_line_of_two_anchors() -> None:
@@ -105,6 +118,31 @@ def test_each_half_chooses_for_the_other() -> None:
     assert found.interval is not None
     assert found.interval[0] == 0.0  # six images decide nothing
     assert found.to_dict()["gain"] == pytest.approx(2 / 6)
+
+
+def test_the_stitches_of_a_model_are_judged_against_the_anchors_as_they_were() -> None:
+    small, large = (Segment(0, 0, 2),), (Segment(1, 0, 2),)
+    between = (Segment(0, 0, 1), Segment(1, 1, 2))
+    stitches = [
+        Stitch(0, small, flops=1, metrics={"accuracy": 0.4}),
+        Stitch(1, large, flops=4, metrics={"accuracy": 0.7}),
+        Stitch(2, between, ("0-1.0",), flops=2, metrics={"accuracy": 0.8}),
+        Stitch(3, between, ("0-1.0",), flops=2),  # not measured
+    ]
+    assert untouched_anchors(stitches, {1: 0.9}) == {0: (1, 0.4), 1: (4, 0.9)}
+    found = judge_stitches(stitches, {0: 0.5, 1: 0.9})
+    assert found == judge([1, 4, 2], [0.4, 0.7, 0.8], [1, 4], [0.5, 0.9])
+    assert in_words(found) == (
+        "Area of the front (mean of the best accuracy over log FLOPs, from the cheapest to the dearest anchor): "
+        "60.00 %; of the untouched anchors (the null line): 50.00 %; of the straight line through them: 70.00 %, "
+        "share 0.50. Chosen and measured on the same images, which favours the stitches."
+    )
+    near = judge_stitches(stitches, {0: 0.5, 1: 0.501})
+    assert near is not None
+    assert "too near it for a share" in in_words(near)
+    assert judge_stitches(stitches, {0: 0.9, 1: 0.5}) is None
+    assert judge_stitches(stitches[1:], {1: 0.9}) is None
+    assert judge_stitches([], {}) is None
 
 
 def test_halves_are_as_large_and_random() -> None:

@@ -120,6 +120,20 @@ def test_the_folder_is_complete_and_says_the_same_everywhere(tmp_path) -> None:
     assert f"| vit-8 | 50.00 % | {100 * model.stitches[0].metrics['accuracy']:.2f} % |" in card.text
 
 
+def test_the_card_shows_the_null_line_and_the_cascades() -> None:
+    model = make("vit")
+    assert "null line" not in make_card(model, Card("tiny")).text
+    for stitch in model.stitches:
+        model.record(stitch.id, metrics={"accuracy": 0.5 + 0.1 * (stitch.id == 1)})
+    stages = [{"stitch": 0, "temperature": 1.0, "score": "margin", "threshold": 0.25}, {"stitch": 1, "combine": "last"}]
+    figures = {"metrics": {"accuracy": 0.6, "gain": 0.1}, "interval": [0.05, 0.15], "images": 2000}
+    model.config.cascades = [{"id": 0, "stages": stages, "flops": 1e5, "max_flops": 2e5, **figures}]
+    text = make_card(model, Card("tiny", accuracy_before={0: 0.55, 1: 0.75})).text
+    assert "of the untouched anchors (the null line): 55.00 %; of the straight line through them: 65.00 %" in text
+    cascades = text.split("## Cascades")[1].split("## All stitches")[0]
+    assert "| 0 | 0, where margin < 0.25 → 1 | 100.000 | 200.000 | 60.00 % | +10.00 | +5.00 to +15.00 |" in cascades
+
+
 def test_a_route_reads_as_the_blocks_of_each_anchor() -> None:
     model = make("vit")
     assert short_names(model.config) == ["vit-8", "vit-12"]

@@ -14,6 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import pipeline
 
+from stitchable.cascades import cascade_table
+from stitchable.front import in_words, judge_stitches
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
 from stitchable.model.routes import Stitch, best_within, pareto_front
@@ -124,6 +126,8 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
         anchors=[_anchor(*named) for named in zip(names, model.config.anchors, strict=True)],
         table=stitch_table(stitches, names),
         front=stitch_table(pareto_front(stitches), names),
+        judged=in_words(judged) if (judged := judge_stitches(stitches, card.accuracy_before)) else "",
+        cascades=cascade_table(model.config.cascades) if model.config.cascades else "",
         budget=_budget(stitches),
         sample=SAMPLE,
         output=as_block(output, "text") if output else "",

@@ -14,13 +14,15 @@ image.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from stitchable.model.routes import Stitch
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -155,6 +157,54 @@ def judge(
     anchors_flops, anchors = _anchors(anchor_flops, anchor_accuracies)
     reached = area(flops, accuracies, anchors_flops[0], anchors_flops[-1])
     return _judgement(reached, anchors_flops, anchors)
+
+
+def untouched_anchors(stitches: Sequence[Stitch], before: Mapping[int, float]) -> dict[int, tuple[int, float]]:
+    """FLOPs and accuracy of each anchor as it was before it was trained with the others, by id.
+
+    Args:
+        stitches: the stitches of a model; of an anchor that nobody trained, the measured accuracy is the untouched one.
+        before: accuracies by id of those that were trained.
+    """
+    known = {stitch.id: before.get(stitch.id, stitch.metrics.get("accuracy")) for stitch in stitches}
+    return {
+        stitch.id: (stitch.flops, accuracy)
+        for stitch in stitches
+        for accuracy in (known[stitch.id],)
+        if stitch.is_anchor and stitch.flops and accuracy is not None
+    }
+
+
+def judge_stitches(stitches: Sequence[Stitch], before: Mapping[int, float]) -> Judgement | None:
+    """Judge the measured stitches of a model against its untouched anchors (see `untouched_anchors`).
+
+    None where that cannot be: fewer than two anchors on their own front, or nothing measured that is as cheap as the
+    cheapest of them.
+    """
+    measured = [stitch for stitch in stitches if stitch.flops and "accuracy" in stitch.metrics]
+    anchors = list(untouched_anchors(stitches, before).values())
+    flops = [flops for flops, _ in anchors]
+    if len(on_own_front(flops, [accuracy for _, accuracy in anchors])) < 2 or all(
+        (stitch.flops or 0) > min(flops) for stitch in measured
+    ):
+        return None
+    return judge(
+        [stitch.flops or 0 for stitch in measured],
+        [stitch.metrics["accuracy"] for stitch in measured],
+        flops,
+        [accuracy for _, accuracy in anchors],
+    )
+
+
+def in_words(judged: Judgement) -> str:
+    """A sentence or two for people."""
+    share = "too near it for a share" if judged.share is None else f"share {judged.share:.2f}"
+    chosen = "" if judged.images else " Chosen and measured on the same images, which favours the stitches."
+    return (
+        f"Area of the front (mean of the best accuracy over log FLOPs, from the cheapest to the dearest anchor): "
+        f"{100 * judged.area:.2f} %; of the untouched anchors (the null line): {100 * judged.null_line:.2f} %; of the "
+        f"straight line through them: {100 * judged.straight_line:.2f} %, {share}.{chosen}"
+    )
 
 
 def judge_two_fold(

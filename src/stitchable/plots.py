@@ -1,7 +1,8 @@
 """Figures of a stitch table."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 from stitchable.model.routes import Stitch, pareto_front
 
@@ -14,6 +15,8 @@ def plot_stitches(
     anchor_names: Sequence[str],
     metric: str = "accuracy",
     marked: Mapping[str, int] | None = None,
+    untouched: Mapping[int, tuple[int, float]] | None = None,
+    cascades: Sequence[Mapping[str, Any]] = (),
 ) -> "Figure":
     """The accuracy-FLOPs curve of figure 6 of the paper: one dot per stitch, coloured by its anchors, anchors starred.
 
@@ -22,6 +25,9 @@ def plot_stitches(
         anchor_names: a short name per anchor, smallest first.
         metric: what to draw, a figure in 0..1.
         marked: ids of stitches to draw a ring around, by what to write beside it.
+        untouched: FLOPs and figure of the anchors as they were before they were trained with the others, by id; their
+            front is the null line.
+        cascades: as they are in the config, drawn over their mean FLOPs.
 
     Raises:
         ValueError: no stitch was measured.
@@ -61,6 +67,15 @@ def plot_stitches(
         zorder=1,
         label="Pareto front",
     )
+    if untouched:
+        _draw_null_line(axes, untouched, divisor)
+    drawn = [
+        (cascade["flops"] / divisor, 100 * cascade["metrics"][metric])
+        for cascade in cascades
+        if metric in cascade["metrics"]
+    ]
+    if drawn:
+        axes.plot(*zip(*drawn, strict=True), marker=".", color="black", linewidth=1, label="cascades, mean FLOPs")
     for text, stitch_id in (marked or {}).items():
         if stitch_id in dots:
             axes.scatter(*dots[stitch_id], s=320, facecolors="none", edgecolors="black", linewidths=1.8, zorder=4)
@@ -72,6 +87,23 @@ def plot_stitches(
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure
+
+
+def _draw_null_line(axes: Any, untouched: Mapping[int, tuple[int, float]], divisor: float) -> None:
+    flops, figures = zip(*sorted(untouched.values()), strict=True)
+    best = list(accumulate(figures, max))
+    axes.step(
+        [f / divisor for f in flops], [100 * b for b in best], where="post", color="grey", linestyle=":", zorder=1
+    )
+    axes.scatter(
+        [f / divisor for f in flops],
+        [100 * figure for figure in figures],
+        marker="*",
+        s=160,
+        facecolors="none",
+        edgecolors="grey",
+        label="untouched anchors (null line)",
+    )
 
 
 def route_in_words(stitch: Stitch, anchor_names: Sequence[str]) -> str:

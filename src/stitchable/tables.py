@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from stitchable.front import untouched_anchors
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.model.routes import Stitch
@@ -27,10 +28,18 @@ def table(model: StitchablePreTrainedModel) -> "pd.DataFrame":
 def plot(model: StitchablePreTrainedModel, metric: str = "accuracy") -> "Figure":
     """Draw a metric (in 0..1) over the FLOPs of all measured stitches of this model, anchors starred.
 
+    The curve of the accuracy shows its cascades too, and the anchors as they were before training.
+
     Raises:
         ValueError: no stitch was measured.
     """
-    return plot_stitches(model.stitches, short_names(model.config), metric)
+    from stitchable.card import Card  # which shows this table
+
+    names = short_names(model.config)
+    if metric != "accuracy":
+        return plot_stitches(model.stitches, names, metric)
+    untouched = untouched_anchors(model.stitches, Card.of(model.config, "").accuracy_before)
+    return plot_stitches(model.stitches, names, untouched=untouched, cascades=model.config.cascades)
 
 
 def in_short(model: StitchablePreTrainedModel) -> str:

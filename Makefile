@@ -56,6 +56,7 @@ benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/any_two.py
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/cascade_search.py
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

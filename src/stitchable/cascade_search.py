@@ -24,13 +24,15 @@ from stitchable.cascade_stages import (
     Floats,
     Logits,
     Stage,
-    finite_logits,
+    evenly,
+    finite,
     fit_temperature,
     scores_of,
 )
 from stitchable.front import Half, halves, on_own_front
 
 _NUM_THRESHOLDS = 50
+_IMAGES_AT_A_TIME = 4096
 _MOST_STITCHES = 100
 """Of more stitches, only those nearest to the front of all are searched."""
 _MOST_PAIRS = 80
@@ -125,46 +127,56 @@ class _Table:
 
     def __init__(self, logits: Logits, labels: npt.NDArray[Any], images: npt.NDArray[Any] | None = None) -> None:
         self._logits = logits
-        self._images = None if images is None else torch.from_numpy(images)
-        self.labels = torch.from_numpy(labels if images is None else labels[images])
+        self._images = slice(None) if images is None else images
+        self.labels = labels[self._images]
         self._scores: dict[tuple[int, float], Floats] = {}
         self._temperatures: dict[int, float] = {}
         self._means: dict[tuple[Stage, Stage], Bools] = {}
 
-    def logits(self, stitch: int) -> torch.Tensor:
-        """(N, num_labels) in float32."""
-        logits = finite_logits(self._logits, stitch)
-        return logits if self._images is None else logits[self._images]
+    def _map(self, function: Callable[..., torch.Tensor], *stitches: int) -> npt.NDArray[Any]:
+        """What a function of the logits (n, num_labels) of some stitches returns, (..., N), from parts of the images.
+
+        So memory does not grow with the images, but for two bytes per logit of these stitches.
+        """
+        kept = [self._logits[stitch][self._images] for stitch in stitches]
+        parts = []
+        for start in range(0, len(self.labels), _IMAGES_AT_A_TIME):
+            part = slice(start, start + _IMAGES_AT_A_TIME)
+            parts.append(
+                function(*(finite(logits[part], at, start) for logits, at in zip(kept, stitches, strict=True)))
+            )
+        return torch.cat(parts, dim=-1).numpy()
 
     @cached_property
     def correct(self) -> Bools:
         """(S, N) which images each stitch alone has right."""
-        return np.stack([(self.logits(i).argmax(1) == self.labels).numpy() for i in range(len(self._logits))])
+        return np.stack([self._map(lambda z: z.argmax(1), i) == self.labels for i in range(len(self._logits))])
 
     def temperature(self, stitch: int) -> float:
         """Fitted on all images."""
         if stitch not in self._temperatures:
-            logits = self.logits(stitch)
-            self._temperatures[stitch] = fit_temperature(logits, self.labels)
-            self._scores[stitch, self._temperatures[stitch]] = scores_of(logits / self._temperatures[stitch]).numpy()
+            self._temperatures[stitch] = self.temperature_of(stitch, np.ones(len(self.labels), dtype=bool))
         return self._temperatures[stitch]
 
     def temperature_of(self, stitch: int, images: Bools) -> float:
         """Fitted on those images (N,) that reach it."""
-        chosen = torch.from_numpy(images)
-        return fit_temperature(self.logits(stitch)[chosen], self.labels[chosen])
+        chosen = evenly(np.flatnonzero(images))
+        logits = finite(self._logits[stitch][self._images][chosen], stitch)
+        return fit_temperature(logits, torch.from_numpy(self.labels[chosen]))
 
     def scores(self, stitch: int, temperature: float, score: str) -> Floats:
         """(N,) of a stitch."""
         if (stitch, temperature) not in self._scores:
-            self._scores[stitch, temperature] = scores_of(self.logits(stitch) / temperature).numpy()
+            self._scores[stitch, temperature] = self._map(lambda z: scores_of(z / temperature), stitch)
         return self._scores[stitch, temperature][SCORES.index(score)]
 
     def correct_mean(self, first: Stage, second: Stage) -> Bools:
         """(N,) which images the mean of two stages' logits has right."""
         if (first, second) not in self._means:
-            total = sum(self.logits(stage.stitch) / stage.temperature for stage in (first, second))
-            self._means[first, second] = (torch.as_tensor(total).argmax(1) == self.labels).numpy()
+            answers = self._map(
+                lambda z, y: (z / first.temperature + y / second.temperature).argmax(1), first.stitch, second.stitch
+            )
+            self._means[first, second] = answers == self.labels
         return self._means[first, second]
 
     def run(self, candidate: Candidate, costs: Costs) -> tuple[Bools, Floats]:
@@ -245,7 +257,7 @@ class _Pair:
 
 
 def _search(table: _Table, costs: Costs) -> list[Candidate]:
-    if len(table.labels.unique()) < 2:
+    if len(np.unique(table.labels)) < 2:
         raise ValueError(
             "thresholds are chosen on images of at least two classes, and all of these are of one; data that are "
             "sorted by class must be shuffled or read whole"

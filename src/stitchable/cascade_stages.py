@@ -24,7 +24,6 @@ SCORES = ("max_probability", "margin")
 COMBINE = ("last", "mean")
 
 _IMAGES_OF_A_TEMPERATURE = 4000
-"""One number needs no more."""
 _TEMPERATURES = (0.1, 10.0)
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -90,7 +89,7 @@ def run_cascade(stages: Sequence[Stage], logits: Logits, costs: Costs) -> Run:
     flops, undecided = np.zeros(num_images), np.arange(num_images)
     total: Any = 0.0
     for place, stage in enumerate(stages):
-        logits_NC = finite_logits(logits, stage.stitch)[torch.from_numpy(undecided)]
+        logits_NC = finite(logits[stage.stitch][undecided], stage.stitch)
         scaled_NC = logits_NC / stage.temperature
         total = total + scaled_NC
         answer = logits_NC if stage.combine == "last" else total
@@ -165,10 +164,9 @@ def scores_of(scaled_NC: torch.Tensor) -> torch.Tensor:
 def fit_temperature(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> float:
     """The temperature in 0.1..10 with the least cross entropy of softmax(logits / temperature).
 
-    Newton's method on 1 / temperature, in which the cross entropy is convex; of many images, 4,000 are used.
+    Newton's method on 1 / temperature, in which the cross entropy is convex.
     """
-    step = -(-len(logits_NC) // _IMAGES_OF_A_TEMPERATURE)
-    z, labels = logits_NC[::step].float(), labels_N[::step, None]
+    z, labels = logits_NC.float(), labels_N[:, None]
     own = z.gather(1, labels)[:, 0]
     low, high = 1 / _TEMPERATURES[1], 1 / _TEMPERATURES[0]
     beta = 1.0
@@ -186,17 +184,22 @@ def fit_temperature(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> float:
     return round(1 / beta, 4)
 
 
-def finite_logits(logits: Logits, stitch: int) -> torch.Tensor:
-    """Those of a stitch (N, num_labels) in float32.
+def evenly(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """At most 4,000 of these images, evenly spread: one number, such as a temperature, needs no more."""
+    return images[:: max(1, -(-len(images) // _IMAGES_OF_A_TEMPERATURE))]
+
+
+def finite(logits: npt.NDArray[Any], stitch: int, start: int = 0) -> torch.Tensor:
+    """Logits (n, num_labels) of a stitch, of the images from `start` on, in float32.
 
     Raises:
         ValueError: one is infinite or no number.
     """
-    logits_NC = torch.as_tensor(np.asarray(logits[stitch])).float()
+    logits_NC = torch.from_numpy(np.ascontiguousarray(logits)).float()
     wrong = ~logits_NC.sum(1).isfinite()
     if wrong.any():
         raise ValueError(
-            f"the logits of stitch {stitch} (counted from 0 among those searched) are not finite for "
-            f"{int(wrong.sum())} of {len(wrong)} images, first image {int(wrong.nonzero()[0])}"
+            f"the logits of stitch {stitch} (counted from 0 among those searched) are not finite, first for image "
+            f"{start + int(wrong.nonzero()[0])}"
         )
     return logits_NC

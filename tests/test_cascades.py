@@ -415,9 +415,6 @@ def test_bad_input_is_named() -> None:
     batches[0]["labels"][0] = 7
     with pytest.raises(ValueError, match=r"label 7 is none of the model's classes 0\.\.4"):
         find_cascades(model, batches)
-    alone = make("vit")
-    alone.config.left_out = [5]
-    alone.config.stitches = [stitch for stitch in alone.config.stitches if stitch["id"] != 5]
     model.config.problem_type = "multi_label_classification"
     with pytest.raises(ValueError, match="'multi_label_classification'; only single_label_classification has cascades"):
         find_cascades(model, batches)

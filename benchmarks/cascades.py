@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from report import write_report
 from safetensors.torch import save_file
+from stitchable.training.sources import load_data
 
 import stitchable
 from stitchable import StitchableForImageClassification
@@ -41,7 +42,6 @@ from stitchable.front import Half, judge_two_fold, paired_interval
 from stitchable.processing import image_processor
 from stitchable.training.data import make_processor, make_test_loader
 from stitchable.training.recipe import load_recipe
-from stitchable.training.sources import load_data
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples" / "cifar10_resnets"))
@@ -158,7 +158,7 @@ def untouched_anchors(
         "same_accuracy": same_accuracy(found, float(dearest), ids[-1]),
         "area": judged.to_dict(),
         "chosen_on_all": [
-            {"stages": stages_of(c, ids), "flops": c.flops, "max_flops": c.max_flops, "accuracy": c.accuracy}
+            {"stages": stages_of(c, ids, costs), "flops": c.flops, "max_flops": c.max_flops, "accuracy": c.accuracy}
             for c in found.candidates
         ],
         "largest_probability_without_temperature": some,

@@ -56,8 +56,8 @@ def command(function: F) -> F:
 _MAKE, _LOOK, _GIVE = "Make a model", "Look at it and measure it", "Give it away"
 _PANELS = {
     **dict.fromkeys(("build", "train", "convert", "families"), _MAKE),
-    **dict.fromkeys(("table", "plot", "eval", "calibrate", "app"), _LOOK),
-    **dict.fromkeys(("extract", "export", "push"), _GIVE),
+    **dict.fromkeys(("table", "plot", "eval", "cascade", "calibrate", "simulate", "app"), _LOOK),
+    **dict.fromkeys(("extract", "export", "push", "serve"), _GIVE),
 }
 
 
@@ -286,9 +286,9 @@ def eval(  # the name of the command
 def cascade(
     folder: Folder,
     data: Annotated[str, typer.Argument(help="Folder with a folder of images per class, or data set of the Hub.")],
-    split: Annotated[str | None, typer.Option(help="Of the data.")] = None,
-    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "image",
-    label_column: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "label",
+    split: Annotated[str | None, typer.Option(help="Of the data.", rich_help_panel=_IMAGES)] = None,
+    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "image",
+    label_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "label",
     stitches: Annotated[str | None, typer.Option(help="Ids to search, such as 0,1,24; all if left out.")] = None,
     batch_size: int = 64,
     device: Device = "cpu",
@@ -304,7 +304,7 @@ def cascade(
     card_of(folder)  # refuses one that cannot be written anew before anything is measured
     model = _to(_load(folder, trust_remote_code), device)
     known = Card.of(model.config, "")  # refuses facts that are none before anything is measured
-    batches = _read(
+    batches = _batches(
         data,
         processor_of(model),
         config=model.config,

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from stitchable.model.routes import Segment, Stitch, best_within, check_stitches, find_stitch, pareto_front
+from stitchable.front import pareto_front
+from stitchable.model.routes import Segment, Stitch, best_within, check_stitches, find_stitch
 
 
 def stitch(route: list[list[int]], layers: tuple[str, ...] = (), stitch_id: int = 0) -> Stitch:
@@ -56,7 +57,7 @@ def test_routes_of_one_two_and_three_segments_fit() -> None:
 def test_ids_are_unique_and_there_is_a_stitch() -> None:
     with pytest.raises(ValueError, match="no stitch"):
         check_stitches([], [4])
-    with pytest.raises(ValueError, match="id 0 occurs 2 times"):
+    with pytest.raises(ValueError, match="id 0 occurs twice"):
         check_stitches([stitch([[0, 0, 4]]), stitch([[0, 0, 4]])], [4])
 
 

@@ -10,6 +10,7 @@ from stitchable.evaluation import evaluate
 from stitchable.families.adapter import Adapter, Layout
 from stitchable.families.registry import register_anchor, register_family
 from stitchable.figures import record
+from stitchable.front import pareto_front
 from stitchable.initialization import initialize_stitches
 from stitchable.latency import calibrate
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION as __version__
@@ -19,7 +20,7 @@ from stitchable.model.modeling_stitchable import (
     StitchableModel,
     StitchablePreTrainedModel,
 )
-from stitchable.model.routes import Segment, Stitch, pareto_front
+from stitchable.model.routes import Segment, Stitch
 from stitchable.processing import save_pretrained
 from stitchable.publishing import push_model
 from stitchable.timing import measure_throughput

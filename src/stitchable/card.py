@@ -15,10 +15,10 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import pipeline
 
 from stitchable.cascades import cascade_table
-from stitchable.front import in_words, judge_stitches
+from stitchable.front import in_words, judge_stitches, pareto_front
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
-from stitchable.model.routes import Stitch, best_within, pareto_front
+from stitchable.model.routes import Stitch, best_within
 from stitchable.plots import flops_unit
 from stitchable.processing import load_image_processor
 from stitchable.tables import frame_of, short_names

@@ -9,11 +9,10 @@ import numpy.typing as npt
 import torch
 from transformers.utils import logging
 
-from stitchable.batches import unpack_batch
 from stitchable.cascade_search import Candidate, TwoFold, search_two_fold
 from stitchable.cascade_stages import Costs
 from stitchable.costs import shared_flops
-from stitchable.evaluation import evaluation_mode, run_stitches
+from stitchable.evaluation import measure_batch, record_figures, run_batches
 from stitchable.fingerprints import Watch
 from stitchable.front import paired_interval
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
@@ -73,7 +72,7 @@ def find_cascades(
     facts = {"images": len(labels), "dataset": dataset, "split": split}
     cascades = [{"id": place, **entry, **facts} for place, entry in enumerate(_kept(found, costs, ids))]
     _warn(cascades, found, watched, len(labels))
-    model.config.cascades = cascades
+    model.cascades = cascades
     return cascades
 
 
@@ -202,37 +201,19 @@ def measure_logits(
     Raises:
         ValueError: no image counts, a label that is none of the classes, or logits that are not finite.
     """
-    from stitchable.metrics import IGNORED, compute_figures, rank_and_loss
+    from stitchable.metrics import IGNORED
 
-    num_labels: Any = model.config.num_labels
     rows, counted = [], []
-    for labels, by_id in _run_batches(model, batches, ids):
-        wrong = (labels != IGNORED) & ((labels < 0) | (labels >= num_labels))
-        if wrong.any():
-            raise ValueError(f"label {int(labels[wrong][0])} is none of the model's classes 0..{num_labels - 1}")
+    for labels, by_id in run_batches(model, batches, ids):
+        rows.append(measure_batch(labels, by_id))
         counts = labels != IGNORED
         if counts.any():
-            chosen = [by_id[stitch_id][counts.to(by_id[stitch_id].device)] for stitch_id in ids]
-            labels = labels[counts]
-            logits.append(chosen)
-            rows.append(torch.stack([rank_and_loss(each, labels.to(each.device)).cpu() for each in chosen], dim=1))
-            counted.append(labels.cpu().numpy())
-    if not rows:
+            logits.append([each[counts.to(each.device)] for each in by_id.values()])
+            counted.append(labels[counts].cpu().numpy())
+    if not counted:
         raise ValueError("there is no data to find cascades on: the batches are empty, or every label is -100")
-    for stitch_id, metrics in compute_figures(torch.cat(rows), ids).items():
-        model.record(stitch_id, metrics={**find_stitch(model.stitches, stitch_id).metrics, **metrics})
+    record_figures(model, rows, ids)
     return np.concatenate(counted)
-
-
-@torch.no_grad()
-def _run_batches(
-    model: StitchableForImageClassification, batches: Iterable[Any], ids: Sequence[int]
-) -> Iterator[tuple[torch.Tensor, dict[int, torch.Tensor]]]:
-    with evaluation_mode(model):
-        for batch in logging.tqdm(batches, desc="evaluating", leave=False):
-            pixel_values, labels = unpack_batch(batch, labels="required")
-            assert labels is not None
-            yield labels.to(model.device), dict(run_stitches(model, pixel_values, ids))
 
 
 def _kept(found: TwoFold, costs: Costs, ids: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -248,7 +229,7 @@ def _kept(found: TwoFold, costs: Costs, ids: Sequence[int]) -> Iterator[dict[str
         if accuracy > best and gain > 0:
             best = accuracy
             yield {
-                "stages": stages_of(candidate, ids),
+                "stages": stages_of(candidate, ids, costs),
                 "flops": candidate.flops,
                 "max_flops": candidate.max_flops,
                 "metrics": {"accuracy": accuracy, "gain": gain},
@@ -256,14 +237,15 @@ def _kept(found: TwoFold, costs: Costs, ids: Sequence[int]) -> Iterator[dict[str
             }
 
 
-def stages_of(candidate: Candidate, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The stages in JSON types, as `config.json` has them, with the ids of their stitches."""
+def stages_of(candidate: Candidate, ids: Sequence[int], costs: Costs) -> list[dict[str, Any]]:
+    """The stages in JSON types, as `config.json` has them: ids of stitches, and the FLOPs that each adds."""
     stages = []
     for place, stage in enumerate(candidate.stages):
-        entry: dict[str, Any] = {"stitch": ids[stage.stitch], "temperature": stage.temperature}
+        earlier = [before.stitch for before in candidate.stages[:place]]
+        entry: dict[str, Any] = {"stitch": ids[stage.stitch], "flops": costs.added(stage.stitch, earlier)}
         if stage.score is not None:
             entry |= {"score": stage.score, "threshold": stage.threshold}
-        stages.append({**entry, "combine": stage.combine} if place else entry)
+        stages.append({**entry, "temperature": stage.temperature, "combine": stage.combine})
     return stages
 
 

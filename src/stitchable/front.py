@@ -159,7 +159,17 @@ def judge(
     return _judgement(reached, anchors_flops, anchors)
 
 
-def untouched_anchors(stitches: Sequence[Stitch], before: Mapping[int, float]) -> dict[int, tuple[int, float]]:
+def pareto_front(stitches: Sequence[Stitch], metric: str = "accuracy") -> list[Stitch]:
+    """The measured stitches that no other beats in both FLOPs and metric, cheapest first."""
+    front: list[Stitch] = []
+    measured = [stitch for stitch in stitches if metric in stitch.metrics and stitch.flops is not None]
+    for stitch in sorted(measured, key=lambda stitch: (stitch.flops, -stitch.metrics[metric])):
+        if not front or stitch.metrics[metric] > front[-1].metrics[metric]:
+            front.append(stitch)
+    return front
+
+
+def untouched_anchors(stitches: Sequence[Stitch], before: Mapping[int, float]) -> dict[int, tuple[float, float]]:
     """FLOPs and accuracy of each anchor as it was before it was trained with the others, by id.
 
     Args:

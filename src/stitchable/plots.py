@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from stitchable.model.routes import Stitch, pareto_front
+from stitchable.front import pareto_front
+from stitchable.model.routes import Stitch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ def plot_stitches(
     anchor_names: Sequence[str],
     metric: str = "accuracy",
     marked: Mapping[str, int] | None = None,
-    untouched: Mapping[int, tuple[int, float]] | None = None,
+    untouched: Mapping[int, tuple[float, float]] | None = None,
     cascades: Sequence[Mapping[str, Any]] = (),
 ) -> "Figure":
     """The accuracy-FLOPs curve of figure 6 of the paper: one dot per stitch, coloured by its anchors, anchors starred.
@@ -89,7 +90,7 @@ def plot_stitches(
     return figure
 
 
-def _draw_null_line(axes: Any, untouched: Mapping[int, tuple[int, float]], divisor: float) -> None:
+def _draw_null_line(axes: Any, untouched: Mapping[int, tuple[float, float]], divisor: float) -> None:
     flops, figures = zip(*sorted(untouched.values()), strict=True)
     best = list(accumulate(figures, max))
     axes.step(

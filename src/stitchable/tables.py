@@ -45,7 +45,10 @@ def plot(model: StitchablePreTrainedModel, metric: str = "accuracy") -> "Figure"
 def in_short(model: StitchablePreTrainedModel) -> str:
     """One line on this model in the place of its hundreds of modules, which `print(model.anchors)` shows."""
     names = ", ".join(short_names(model.config))
-    return f"{type(model).__name__}({len(model.stitches)} stitches of {names}; stitch {model.config.stitch_id} runs)"
+    default = (
+        f"stitch {model.config.stitch_id}" if model.config.cascade_id is None else f"cascade {model.config.cascade_id}"
+    )
+    return f"{type(model).__name__}({len(model.stitches)} stitches of {names}; {default} runs)"
 
 
 def frame_of(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> "pd.DataFrame":

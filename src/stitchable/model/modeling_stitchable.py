@@ -27,7 +27,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from .architectures import OWN_CLASSES
 from .cascades import CascadeOutput, run_cascade
-from .chain import Anchor, Chain, Flow, Part, parts_used
+from .chain import Anchor, Flow, Part, parts_used
 from .configuration_stitchable import StitchableConfig
 from .operations import TimmModel
 from .placement import brought_in, check_device_map, device_of, entering
@@ -98,7 +98,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self._warnings: set[str] = set()
         self.hub_arguments: dict[str, Any] = {}  # where from_pretrained looked for `name_or_path`
-        self.chains: dict[int, Chain] = {i: self.shapes[i].chain for i, parts in enumerate(self._parts) if parts}
+        self.chains = {index: self.shapes[index].chain for index, parts in enumerate(self._parts) if parts}
         self.anchors = nn.ModuleList(self._build_anchor(index) for index in range(len(self.shapes)))
         self.stitching_layers = self._build_stitching_layers()
         if self.device.type != "meta":
@@ -115,7 +115,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 f"this model has {config.num_labels}; stitchable.update_costs(model) counts again"
             )
 
-    # ---------------------------------------------------------------- choosing a stitch
+    # ---------------------------------------------------------------- choosing
 
     @property
     def stitches(self) -> Stitches:
@@ -126,16 +126,6 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def stitch(self) -> Stitch:
         """The stitch that runs when a call names none."""
         return self._find(None)
-
-    def set_stitch(self, stitch_id: int) -> Stitch:
-        """Make a stitch the default of later calls (and of the saved config), and return it.
-
-        Raises:
-            ValueError: not an integer, or not an id of this model.
-        """
-        stitch = find_stitch(self.stitches, stitch_id, self.config.left_out)
-        self.config.stitch_id, self.config.cascade_id = stitch.id, None
-        return stitch
 
     @property
     def cascades(self) -> tuple[Cascade, ...]:
@@ -149,20 +139,17 @@ class StitchablePreTrainedModel(PreTrainedModel):
         self._cascades = tuple(x for x in found if {stage.stitch for stage in x.stages} <= ids)
         self.config.cascades = write(found)
 
-    def set_cascade(self, cascade_id: int) -> Cascade:
-        """Make a cascade the default of later calls (and of the saved config), and return it.
+    def set_stitch(self, stitch_id: int) -> Stitch:
+        """Make a stitch the default of later calls and of the saved config, and return it; a ValueError if unknown."""
+        stitch = find_stitch(self.stitches, stitch_id, self.config.left_out)
+        self.config.stitch_id, self.config.cascade_id = stitch.id, None
+        return stitch
 
-        Raises:
-            ValueError: not an integer, not an id of this model, or a cascade of stitches that were left out.
-        """
+    def set_cascade(self, cascade_id: int) -> Cascade:
+        """Make a cascade the default of later calls and of the saved config, and return it; a ValueError if unknown."""
         cascade = self._find_cascade(cascade_id)
         self.config.stitch_id, self.config.cascade_id = None, cascade.id
         return cascade
-
-    def _find_cascade(self, cascade_id: int) -> Cascade:
-        found = next((x for x in self._cascades if x.id == cascade_id and type(cascade_id) is int), None)
-        known = read(tuple[Cascade, ...], self.config.cascades, "cascades") if found is None else ()
-        return found or find_cascade(known, cascade_id, self.stitches)
 
     def find(
         self,
@@ -187,14 +174,14 @@ class StitchablePreTrainedModel(PreTrainedModel):
             metric: which measured figure to maximise. Where none was measured, the largest FLOPs win.
 
         Raises:
-            ValueError: no bound, a bound that is no positive number, or no stitch within them (names the cheapest).
+            ValueError: no bound, a bound that is no positive number, or nothing within them (names the cheapest).
         """
         bounds = {"flops": flops, "mean_flops": mean_flops, "params": params, "latency_ms": latency_ms}
         choices, bounds["memory_mb"] = (*self.stitches, *self.cascades), memory_mb
-        stitch, affordable = best_within(choices, metric=metric, **bounds), within(choices, **bounds)
-        unmeasured = sum(metric not in stitch.metrics for stitch in affordable)
+        best, affordable = best_within(choices, metric=metric, **bounds), within(choices, **bounds)
+        unmeasured = sum(metric not in choice.metrics for choice in affordable)
         if unmeasured:
-            chosen = "the best of the others" if metric in stitch.metrics else "the largest FLOPs"
+            chosen = "the best of the others" if metric in best.metrics else "the largest FLOPs"
             warning = (
                 f"{unmeasured} of the {len(affordable)} stitches within this budget have no measured {metric}; "
                 f"the choice is {chosen}. stitchable.evaluate(model, batches) measures them"
@@ -202,7 +189,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             if warning not in self._warnings:  # once for this model: budgets change while it runs
                 self._warnings.add(warning)
                 logger.warning(warning)
-        return stitch
+        return best
 
     def for_budget(self, flops: float | None = None, **bounds: Any) -> Choice:
         """Make what `find` returns for these bounds the default of later calls, and return it."""
@@ -235,7 +222,12 @@ class StitchablePreTrainedModel(PreTrainedModel):
             raise ValueError(f"the default of this model is cascade {self.config.cascade_id}; name a stitch_id")
         return find_stitch(self.stitches, wanted, self.config.left_out)
 
-    # ---------------------------------------------------------------- running a stitch
+    def _find_cascade(self, cascade_id: int) -> Cascade:
+        known = {cascade.id: cascade for cascade in self._cascades} if type(cascade_id) is int else {}
+        cascades = () if cascade_id in known else read(tuple[Cascade, ...], self.config.cascades, "cascades")
+        return known.get(cascade_id) or find_cascade(cascades, cascade_id, self.stitches)
+
+    # ---------------------------------------------------------------- running
 
     @property
     def device(self) -> torch.device:
@@ -263,10 +255,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             found = f"of shape {tuple(pixel_values.shape)}" if isinstance(pixel_values, torch.Tensor) else pixel_values
             raise ValueError(f"pixel values must be a tensor (N, C, H, W), got one {found!s:.80}")
         if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel values must be floating-point numbers, got {pixel_values.dtype}; the image processor scales "
-                "and normalises images"
-            )
+            raise ValueError(f"pixel values must be floating-point numbers of the processor, got {pixel_values.dtype}")
         if "hf_device_map" in self.__dict__:  # accelerate has placed the parts of this model
             check_device_map(self.__dict__["hf_device_map"])
         return Flow(pixel_values, pixel_values)
@@ -295,9 +284,6 @@ class StitchablePreTrainedModel(PreTrainedModel):
         with brought_in(self, module, chain, -1):
             return chain.run_head(module, features, pre_logits)
 
-    def _anchor(self, index: int) -> TimmModel:
-        return self._modules["anchors"]._modules[str(index)]  # type: ignore[union-attr]  # the long way takes longer
-
     def run_features(
         self,
         pixel_values: torch.Tensor,
@@ -325,297 +311,6 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def _run_flat(self, step: Step, features: torch.Tensor, pixel_values: torch.Tensor, *context: Any) -> tuple:
         flow = self.run_step(step, Flow(features, pixel_values, context))
         return flow.features, *flow.context
-
-    # ---------------------------------------------------------------- parts
-
-    def get_stitching_layer(self, name: str) -> StitchingLayer:
-        """The stitching layer named "FRONT-BACK.INDEX"."""
-        pair, index = name.split(".")
-        layers: Any = self.stitching_layers[pair]
-        return layers[index]
-
-    def parts_of_anchor(self, index: int) -> set[Part]:
-        """What this model holds of an anchor because some stitch uses it."""
-        return self._parts[index]
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile each block of each anchor in place, with the arguments of `torch.compile`.
-
-        Compiled whole, the model would be compiled anew for every stitch; blocks that are alike share their code.
-        """
-        blocks = [x for i, chain in self.chains.items() for x in chain.modules_of_blocks(self.anchors[i]).values()]
-        # Torch counts the versions of all blocks of a class together and gives up beyond 8, but every rate of drop path
-        # makes a version of its own: so 8 for each block.
-        options = {"recompile_limit": 8 * len(blocks), **options}
-        for block in blocks:
-            block.compile(**options)
-
-    @torch.no_grad()
-    def extract(self, stitch_id: int | None = None, *, cascade: int | None = None) -> "StitchablePreTrainedModel":
-        """A model of its own with a copy of only the weights of a stitch or cascade; it saves and loads like any other.
-
-        The stitch keeps its id and its parameters keep their names. Hooks are not taken over.
-
-        Raises:
-            ValueError: not an id of this model, or parts that were replaced or changed (by adapters, pruning,
-                quantisation) so that they cannot be taken over exactly.
-        """
-        part = {"stitch_id": self._find(stitch_id).id} if cascade is None else {"cascade": cascade}
-        config = type(self.config).from_dict(self.config.to_dict(), **part)
-        with torch.device("meta"):
-            extracted = type(self)(config)
-        for name, module in extracted.named_modules():
-            source = _counterpart(self, name, module)
-            for key, _ in list(module.named_parameters(recurse=False)):
-                parameter = source.get_parameter(key)
-                setattr(module, key, nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad))
-            for key, _ in list(module.named_buffers(recurse=False)):
-                setattr(module, key, source.get_buffer(key).clone())
-        return extracted.train(self.training)
-
-    # ---------------------------------------------------------------- saving and loading
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """As in any `PreTrainedModel`, but the weights are one file per anchor and one for the stitching layers.
-
-        So a model that is loaded for one stitch or a budget downloads only the files it needs. `max_shard_size` has no
-        effect. The image processor of the checkpoint that the model was loaded from goes along.
-
-        Raises:
-            ValueError: weights that the config does not describe, which no checkpoint of it could give back.
-        """
-        push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        options = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
-        state_dict, rest = (args[0], args[1:]) if args else (kwargs.pop("state_dict", None), ())
-        kwargs["max_shard_size"] = sys.maxsize
-        if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
-            super().save_pretrained(save_directory, is_main_process, state_dict, *rest, **kwargs)
-        elif is_main_process:
-            weights = self.state_dict() if state_dict is None else state_dict
-            self._check_saveable(weights)
-            with writing(save_directory, weights, kwargs.get("variant"), lambda x: load_offloaded_parameter(self, x)):
-                super().save_pretrained(save_directory, is_main_process, {}, *rest, **kwargs)
-        if is_main_process:
-            if not (Path(save_directory) / IMAGE_PROCESSOR_NAME).exists():
-                self._save_image_processor(Path(save_directory))
-            for model_class in {type(self.anchors[index]) for index in self.chains}:
-                if model_class in OWN_CLASSES.values():
-                    custom_object_save(model_class, save_directory)
-            if push_to_hub:
-                options |= {"token": kwargs["token"]} if "token" in kwargs else {}
-                self.push_to_hub(repo_id or Path(save_directory).name, **options)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
-    ) -> "StitchablePreTrainedModel":
-        """As in any `PreTrainedModel`, and in part where a part is enough.
-
-        Args:
-            pretrained_model_name_or_path: a folder or the id of a repository on the Hub.
-            args: as in any `PreTrainedModel`.
-            kwargs: `stitch_id` keeps this stitch alone, `cascade` its stitches, `max_flops` every stitch up to that
-                cost (FLOPs per image); only their weights are downloaded and read, only their modules are built. Others
-                as in any `PreTrainedModel`. A `token` serves this call and is kept nowhere: what looks for a file of
-                the checkpoint later takes the stored one (`hf auth login`, HF_TOKEN), or its own argument.
-
-        Raises:
-            ValueError: no such stitch, weights that are another model's, `use_safetensors=False`, or a part of a
-                checkpoint in which an adapter of PEFT lies.
-            OSError: no such checkpoint, or one with a missing or damaged file, or without safetensors; names it.
-        """
-        source = pretrained_model_name_or_path
-        if isinstance(kwargs.get("device_map"), Mapping):
-            check_device_map(kwargs["device_map"])
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError(
-                "use_safetensors=False: the weights of a stitchable model are safetensors; convert others, and leave "
-                "it out"
-            )
-        if source is None or kwargs.get("gguf_file"):
-            return super().from_pretrained(source, *args, **kwargs)
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        trust_remote_code = kwargs.pop("trust_remote_code", False)
-        config, kwargs = cls._read_config(kwargs.pop("config", None) or source, kwargs, hub)
-        if not config.anchors:  # transformers makes an empty config where there is none
-            raise ValueError(f"{source} has no config.json of a stitchable model")
-        cls._load_own_classes(config, source, trust_remote_code, hub)
-        files = find_shards(source, _needed_weights(config), variant=kwargs.get("variant"), **hub)
-        adapter = find_adapter(source, **hub)
-        if adapter is not None and config.left_out:
-            raise ValueError(
-                f"an adapter of PEFT lies in {source}, which is for the whole model, and a part of it is loaded; merge "
-                "the adapters first (merge_and_unload), save the model, and load the part of that"
-            )
-        place: Any = source
-        if config.left_out:
-            place = None
-            kwargs = {name: x for name, x in kwargs.items() if name not in (*hub, "variant", "use_safetensors")}
-            kwargs["state_dict"] = read_weights(files)
-        elif adapter is not None:
-            # As a folder: of a repository, transformers would load the base model that the adapter names.
-            place, kwargs = adapter, {name: x for name, x in kwargs.items() if name not in hub}
-        try:
-            loaded = super().from_pretrained(place, *args, config=config, **kwargs)
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            raise ValueError(f"the weights of {source} do not fit the anchors of its config: {error}") from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.name_or_path = model.config.name_or_path = os.fspath(source)
-        model.hub_arguments = {name: value for name, value in hub.items() if name in _KEPT_ARGUMENTS}
-        return loaded
-
-    @classmethod
-    def _read_config(cls, given: Any, kwargs: dict[str, Any], hub: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if not isinstance(given, PreTrainedConfig):
-            config, kwargs = cls.config_class.from_pretrained(given, return_unused_kwargs=True, **{**kwargs, **hub})
-            return config, {**kwargs, **hub}
-        part = {name: kwargs.pop(name) for name in ("stitch_id", "cascade", "max_flops") if name in kwargs}
-        return type(given).from_dict(given.to_dict(), **part) if part else given, kwargs
-
-    def note_weights(self) -> None:
-        """Remember the weights that the config describes, before anything replaces or changes them."""
-        self._noted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        self._noted_config = self.config.num_labels, [stitch.route for stitch in self._stitches]
-
-    def _check_saveable(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Refuse weights of other names or shapes than the config describes: they could not be loaded again."""
-        if any(getattr(x, "is_meta", False) for x in weights.values()) and not hasattr(self, "hf_device_map"):
-            raise ValueError("weights that are offloaded by hooks cannot be saved; save the model before")
-        if self._noted_config != (self.config.num_labels, [stitch.route for stitch in _described(self.config)[1]]):
-            raise ValueError(
-                "the labels or stitches of the config are no longer those of the model; "
-                "model.reset_classifier(num_classes) changes classifiers and config, other stitches are another model"
-            )
-        given = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
-        for name in sorted({*given, *self._noted}):
-            if given.get(name) != self._noted.get(name):
-                raise ValueError(
-                    f"the config does not describe these weights ({name} has the shape {given.get(name)}, by the "
-                    f"config {self._noted.get(name)}), so they could not be loaded again. Merge the adapters first "
-                    "(merge_and_unload), make pruning permanent (torch.nn.utils.prune.remove), change classifiers by "
-                    "model.reset_classifier(num_classes)"
-                )
-
-    def _save_image_processor(self, folder: Path) -> None:
-        """Copy that of the checkpoint that this model was loaded from, but for the names of code."""
-        if not self.name_or_path:
-            return
-        where = {**self.hub_arguments, "_raise_exceptions_for_missing_entries": False}
-        try:
-            path = cached_file(self.name_or_path, IMAGE_PROCESSOR_NAME, **where)
-            settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-        except (OSError, ValueError):
-            logger.warning(f"{self.name_or_path} is no longer there, or its image processor is none")
-            return
-        if isinstance(settings, dict) and "image_processor_type" in settings:
-            settings.pop("auto_map", None)
-            (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def _load_own_classes(cls, config: Any, source: str | os.PathLike, trust: bool, hub: Mapping[str, Any]) -> None:
-        """Make the classes that the anchors name known, from the files of the checkpoint where that is trusted."""
-        anchors, stitches = _described(config)
-        references = {anchors[segment.anchor].class_ for stitch in stitches for segment in stitch.route} - {None}
-        # Code that travelled with the checkpoint runs because somebody trusted it.
-        travelled = cls.__module__.startswith("transformers_modules.")
-        where = {name: value for name, value in hub.items() if name != "subfolder"}
-        for reference in sorted(map(str, references)):
-            known = OWN_CLASSES.get(reference)
-            if not trust and not travelled:
-                if known is None:
-                    raise ValueError(
-                        f"{source} brings models of its own in {reference.split('.')[0]}.py; read it and pass "
-                        "trust_remote_code=True, or import the file that registers them"
-                    )
-            elif known is None:
-                OWN_CLASSES[reference] = get_class_from_dynamic_module(reference, source, **where)
-            elif not travelled and not _is_code_of(known, source, reference, hub):
-                raise ValueError(
-                    f"{source} brings other code of {reference} than what is registered here; load it in a process of "
-                    "its own, or without trust_remote_code to run what is registered"
-                )
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]  # a mixin's, for mypy none
-        """Push the folder that this model was loaded from, with the weights and the config it has now, as one commit.
-
-        Where stitchable is imported, the card, the stitch table and the figure are made anew too (its
-        `publishing.push_model`).
-
-        Args:
-            repo_id: "user/name" on the Hub; made if it does not exist.
-            options: `private`, `revision`, `token`, `commit_message`, `commit_description` and `create_pr`, as in
-                `HfApi.upload_folder`.
-
-        Returns:
-            huggingface_hub's `CommitInfo`.
-        """
-        private, token = options.pop("private", None), options.pop("token", None)
-        options.pop("max_shard_size", None)
-        unknown = set(options) - {"revision", "commit_message", "commit_description", "create_pr"}
-        if unknown:
-            raise ValueError(f"push_to_hub has no option {min(unknown)!r} where stitchable is not imported")
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            if self.name_or_path:  # what the checkpoint has beside its weights
-                source = str(self.name_or_path)
-                if not Path(source).is_dir():
-                    revision, cache = self.hub_arguments.get("revision"), self.hub_arguments.get("cache_dir")
-                    source = snapshot_download(
-                        source, revision=revision, cache_dir=cache, token=token, ignore_patterns=WEIGHTS
-                    )
-                ignored = shutil.ignore_patterns(*WEIGHTS, "__pycache__", ".cache")
-                shutil.copytree(source, folder, ignore=ignored, dirs_exist_ok=True)
-            self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=WEIGHTS, **options)
-
-    # ---------------------------------------------------------------- building
-
-    def _build_anchor(self, index: int) -> nn.Module:
-        if index not in self.chains:
-            return nn.Identity()
-        try:
-            model = self.shapes[index].build(self.config.num_labels)
-        except ValueError as error:
-            raise ValueError(f"anchors[{index}]: {error}") from error
-        self.chains[index].keep_only(model, self._parts[index])
-        return model
-
-    def _build_stitching_layers(self) -> nn.ModuleDict:
-        pairs: dict[str, dict[str, StitchingLayer]] = {}
-        for number, stitch in enumerate(self.stitches):
-            for name, front, back in stitch.joints:
-                source, target = self.shapes[front.anchor], self.shapes[back.anchor]
-                problem = why_not_joined(source, front.stop, target, back.start, self.config.resize)
-                if problem:
-                    raise ValueError(
-                        f"stitches[{number}]: cut {front.stop} of anchor {front.anchor} cannot be joined to cut "
-                        f"{back.start} of anchor {back.anchor}: {problem}"
-                    )
-                pair, index = name.split(".")
-                layer = StitchingLayer.between(source, front.stop, target, back.start)
-                shared = pairs.setdefault(pair, {}).setdefault(index, layer)
-                if shared.arguments != layer.arguments:
-                    raise ValueError(
-                        f"stitches[{number}]: stitching layer {name} joins other cuts elsewhere: here it would join "
-                        f"{layer.arguments}, there {shared.arguments}"
-                    )
-        return nn.ModuleDict({pair: nn.ModuleDict(members) for pair, members in pairs.items()})
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # Only what from_pretrained did not load comes here: new classifiers, and buffers that no checkpoint holds.
-        layers = (layer for layer in self.stitching_layers.modules() if isinstance(layer, StitchingLayer))
-        if isinstance(module, nn.Linear) and any(module is layer.linear for layer in layers):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
-        if hasattr(module, "init_non_persistent_buffers"):
-            _restore_buffers(module)
 
     def forward(
         self,
@@ -651,8 +346,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: an unknown stitch, pixel values that are whole numbers.
         """
-        if unknown:
-            _refuse(unknown)
+        _refuse(unknown)
         if output_attentions:
             raise ValueError("output_attentions: timm's attention does not give its weights away; leave it out")
         if cascade is None and stitch_id is None:
@@ -662,25 +356,19 @@ class StitchablePreTrainedModel(PreTrainedModel):
                     "only the default stitch is trained: name one by stitch_id, or draw them, as "
                     "stitchable.training.trainer.StitchTrainer does"
                 )
-        if cascade is not None:
-            return self._given(self._cascaded(pixel_values, labels, stitch_id, cascade), return_dict)
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: list[torch.Tensor] | None = [] if keep else None
-        features, anchor = self.run_features(pixel_values, stitch_id, hidden_states)
-        output = self._output(features, anchor, labels)
-        if hidden_states is not None:
+        if cascade is None:
+            output = self._output(*self.run_features(pixel_values, stitch_id, hidden_states), labels)
+        else:
+            output = self._cascaded(pixel_values, labels, stitch_id, cascade)
+        if hidden_states:
             output["hidden_states"] = tuple(hidden_states)
-        return self._given(output, return_dict)
-
-    def _given(self, output: Any, return_dict: bool | None) -> Any:
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _cascaded(self, pixel_values: torch.Tensor, labels: Any, stitch_id: int | None, cascade: int) -> CascadeOutput:
         if self.training or stitch_id is not None or not isinstance(self, StitchableForImageClassification):
-            raise ValueError(
-                "a cascade is run by a classifier in evaluation mode (model.eval()) and without a stitch_id; its "
-                "stitches are trained one by one"
-            )
+            raise ValueError("a cascade is run by a classifier, in evaluation mode (model.eval()), without a stitch_id")
         output = run_cascade(self, pixel_values, self._find_cascade(cascade))
         if labels is not None:
             output["loss"] = self.loss_function(labels, output.logits, self.config)
@@ -689,13 +377,283 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def _output(self, features: torch.Tensor, anchor: int, labels: torch.Tensor | None) -> Any:
         raise NotImplementedError("StitchableModel and StitchableForImageClassification have outputs")
 
+    # ---------------------------------------------------------------- parts
+
+    def get_stitching_layer(self, name: str) -> StitchingLayer:
+        """The stitching layer named "FRONT-BACK.INDEX"."""
+        pair, index = name.split(".")
+        layers: Any = self.stitching_layers[pair]
+        return layers[index]
+
+    def parts_of_anchor(self, index: int) -> set[Part]:
+        """What this model holds of an anchor because some stitch uses it."""
+        return self._parts[index]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block of each anchor in place, with the arguments of `torch.compile`.
+
+        Compiled whole, the model would be compiled anew for every stitch; blocks that are alike share their code.
+        """
+        blocks = [x for i, chain in self.chains.items() for x in chain.modules_of_blocks(self.anchors[i]).values()]
+        # Torch counts the versions of all blocks of a class together and gives up beyond 8, but every rate of drop path
+        # makes a version of its own: so 8 for each block.
+        for block in blocks:
+            block.compile(**{"recompile_limit": 8 * len(blocks), **options})
+
+    @torch.no_grad()
+    def extract(self, stitch_id: int | None = None, *, cascade: int | None = None) -> "StitchablePreTrainedModel":
+        """A model of its own with a copy of only the weights of a stitch or cascade; it saves and loads like any other.
+
+        The stitch keeps its id and its parameters keep their names. Hooks are not taken over.
+
+        Raises:
+            ValueError: not an id of this model, or parts that were replaced or changed (by adapters, pruning,
+                quantisation) so that they cannot be taken over exactly.
+        """
+        part = {"stitch_id": self._find(stitch_id).id} if cascade is None else {"cascade": cascade}
+        with torch.device("meta"):
+            extracted = type(self)(type(self.config).from_dict(self.config.to_dict(), **part))
+        for name, module in extracted.named_modules():
+            source = _counterpart(self, name, module)
+            for key, _ in list(module.named_parameters(recurse=False)):
+                parameter = source.get_parameter(key)
+                setattr(module, key, nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad))
+            for key, _ in list(module.named_buffers(recurse=False)):
+                setattr(module, key, source.get_buffer(key).clone())
+        return extracted.train(self.training)
+
+    # ---------------------------------------------------------------- saving and loading
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in any `PreTrainedModel`, but the weights are one file per anchor and one for the stitching layers.
+
+        So a model that is loaded for one stitch or a budget downloads only the files it needs. `max_shard_size` has no
+        effect. The image processor of the checkpoint that the model was loaded from goes along.
+
+        Raises:
+            ValueError: weights that the config does not describe, which no checkpoint of it could give back.
+        """
+        push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        options = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
+        state_dict, rest = (args[0], args[1:]) if args else (kwargs.pop("state_dict", None), ())
+        kwargs["max_shard_size"] = sys.maxsize
+        if not is_main_process or getattr(self, "_hf_peft_config_loaded", False) or hasattr(self, "hf_quantizer"):
+            super().save_pretrained(save_directory, is_main_process, state_dict, *rest, **kwargs)
+        else:
+            weights = self.state_dict() if state_dict is None else state_dict
+            self._check_saveable(weights)
+            with writing(save_directory, weights, kwargs.get("variant"), lambda x: load_offloaded_parameter(self, x)):
+                super().save_pretrained(save_directory, is_main_process, {}, *rest, **kwargs)
+        if is_main_process:
+            if not (Path(save_directory) / IMAGE_PROCESSOR_NAME).exists():
+                self._save_image_processor(Path(save_directory))
+            for model_class in {type(self.anchors[index]) for index in self.chains} & {*OWN_CLASSES.values()}:
+                custom_object_save(model_class, save_directory)
+            if push_to_hub:
+                options |= {"token": kwargs["token"]} if "token" in kwargs else {}
+                self.push_to_hub(repo_id or Path(save_directory).name, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> "StitchablePreTrainedModel":
+        """As in any `PreTrainedModel`, and in part where a part is enough.
+
+        Args:
+            pretrained_model_name_or_path: a folder or the id of a repository on the Hub.
+            args: as in any `PreTrainedModel`.
+            kwargs: `stitch_id` keeps this stitch alone, `cascade` its stitches, `max_flops` every stitch up to that
+                cost (FLOPs per image); only their weights are downloaded and read, only their modules are built. Others
+                as in any `PreTrainedModel`. A `token` serves this call and is kept nowhere: what looks for a file of
+                the checkpoint later takes the stored one (`hf auth login`, HF_TOKEN), or its own argument.
+
+        Raises:
+            ValueError: no such stitch, weights that are another model's, `use_safetensors=False`, or a part of a
+                checkpoint in which an adapter of PEFT lies.
+            OSError: no such checkpoint, or one with a missing or damaged file, or without safetensors; names it.
+        """
+        source = pretrained_model_name_or_path
+        if isinstance(kwargs.get("device_map"), Mapping):
+            check_device_map(kwargs["device_map"])
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: the weights of a stitchable model are safetensors; leave it out")
+        if source is None or kwargs.get("gguf_file"):
+            return super().from_pretrained(source, *args, **kwargs)
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        trust_remote_code = kwargs.pop("trust_remote_code", False)
+        config, kwargs = cls._read_config(kwargs.pop("config", None) or source, kwargs, hub)
+        if not config.anchors:  # transformers makes an empty config where there is none
+            raise ValueError(f"{source} has no config.json of a stitchable model")
+        cls._load_own_classes(config, source, trust_remote_code, hub)
+        files = find_shards(source, _needed_weights(config), variant=kwargs.get("variant"), **hub)
+        adapter, place = find_adapter(source, **hub), source
+        if config.left_out:
+            if adapter is not None:
+                raise ValueError(
+                    f"an adapter of PEFT lies in {source}, which is for the whole model, and a part of it is loaded; "
+                    "merge the adapters first (merge_and_unload), save the model, and load the part of that"
+                )
+            kwargs = {name: x for name, x in kwargs.items() if name not in (*hub, "variant", "use_safetensors")}
+            place, kwargs["state_dict"] = None, read_weights(files)  # type: ignore[assignment]
+        elif adapter is not None:
+            # As a folder: of a repository, transformers would load the base model that the adapter names.
+            place, kwargs = adapter, {name: x for name, x in kwargs.items() if name not in hub}
+        try:
+            loaded = super().from_pretrained(place, *args, config=config, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(f"the weights of {source} do not fit the anchors of its config: {error}") from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = os.fspath(source)
+        model.hub_arguments = {name: value for name, value in hub.items() if name in _KEPT_ARGUMENTS}
+        return loaded
+
+    @classmethod
+    def _read_config(cls, given: Any, kwargs: dict[str, Any], hub: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if not isinstance(given, PreTrainedConfig):
+            config, kwargs = cls.config_class.from_pretrained(given, return_unused_kwargs=True, **{**kwargs, **hub})
+            return config, {**kwargs, **hub}
+        part = {name: kwargs.pop(name) for name in ("stitch_id", "cascade", "max_flops") if name in kwargs}
+        return type(given).from_dict(given.to_dict(), **part) if part else given, kwargs
+
+    @classmethod
+    def _load_own_classes(cls, config: Any, source: str | os.PathLike, trust: bool, hub: Mapping[str, Any]) -> None:
+        """Make the classes that the anchors name known, from the files of the checkpoint where that is trusted."""
+        anchors, stitches = _described(config)
+        references = {anchors[segment.anchor].class_ for stitch in stitches for segment in stitch.route} - {None}
+        # Code that travelled with the checkpoint runs because somebody trusted it.
+        travelled = cls.__module__.startswith("transformers_modules.")
+        where = {name: value for name, value in hub.items() if name != "subfolder"}
+        for reference in sorted(map(str, references)):
+            known, file = OWN_CLASSES.get(reference), f"{reference.split('.')[0]}.py"
+            if known is None and not (trust or travelled):
+                raise ValueError(
+                    f"{source} brings models of its own in {file}; read it and pass trust_remote_code=True, or import "
+                    "the file that registers them"
+                )
+            if known is None:
+                OWN_CLASSES[reference] = get_class_from_dynamic_module(reference, source, **where)
+            elif trust and not travelled and not _is_code_of(known, cached_file(source, file, **hub)):
+                raise ValueError(
+                    f"{source} brings other code of {reference} than what is registered here; load it in a process of "
+                    "its own, or without trust_remote_code to run what is registered"
+                )
+
+    def note_weights(self) -> None:
+        """Remember the weights that the config describes, before anything replaces or changes them."""
+        self._noted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        self._noted_config = self.config.num_labels, [stitch.route for stitch in self._stitches]
+
+    def _check_saveable(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Refuse weights of other names or shapes than the config describes: they could not be loaded again."""
+        if any(getattr(x, "is_meta", False) for x in weights.values()) and not hasattr(self, "hf_device_map"):
+            raise ValueError("weights that are offloaded by hooks cannot be saved; save the model before")
+        if self._noted_config != (self.config.num_labels, [stitch.route for stitch in _described(self.config)[1]]):
+            raise ValueError(
+                "the labels or stitches of the config are no longer those of the model; "
+                "model.reset_classifier(num_classes) changes classifiers and config, other stitches are another model"
+            )
+        given = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
+        for name in sorted({*given, *self._noted}):
+            if given.get(name) != self._noted.get(name):
+                raise ValueError(
+                    f"the config does not describe these weights ({name} has the shape {given.get(name)}, by the "
+                    f"config {self._noted.get(name)}), so they could not be loaded again. {_REPAIR}"
+                )
+
+    def _save_image_processor(self, folder: Path) -> None:
+        """Copy that of the checkpoint that this model was loaded from, but for the names of code."""
+        where = {**self.hub_arguments, "_raise_exceptions_for_missing_entries": False}
+        try:
+            path = cached_file(self.name_or_path, IMAGE_PROCESSOR_NAME, **where) if self.name_or_path else None
+            settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        except (OSError, ValueError):
+            logger.warning(f"{self.name_or_path} is no longer there, or its image processor is none")
+            return
+        if isinstance(settings, dict) and "image_processor_type" in settings:
+            settings.pop("auto_map", None)
+            (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]  # a mixin's, for mypy none
+        """Push the folder that this model was loaded from, with the weights and the config it has now, as one commit.
+
+        Where stitchable is imported, the card and the figure are made anew too (its `publishing.push_model`).
+
+        Args:
+            repo_id: "user/name" on the Hub; made if it does not exist.
+            options: `private`, `revision`, `token`, `commit_message`, `commit_description` and `create_pr`, as in
+                `HfApi.upload_folder`, whose `CommitInfo` is returned.
+        """
+        private, token = options.pop("private", None), options.pop("token", None)
+        options.pop("max_shard_size", None)
+        unknown = set(options) - {"revision", "commit_message", "commit_description", "create_pr"}
+        if unknown:
+            raise ValueError(f"push_to_hub has no option {min(unknown)!r} where stitchable is not imported")
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            if self.name_or_path:  # what the checkpoint has beside its weights
+                source = str(self.name_or_path)
+                if not Path(source).is_dir():
+                    revision, cache = self.hub_arguments.get("revision"), self.hub_arguments.get("cache_dir")
+                    source = snapshot_download(
+                        source, revision=revision, cache_dir=cache, token=token, ignore_patterns=WEIGHTS
+                    )
+                ignored = shutil.ignore_patterns(*WEIGHTS, "__pycache__", ".cache")
+                shutil.copytree(source, folder, ignore=ignored, dirs_exist_ok=True)
+            self.save_pretrained(folder)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=WEIGHTS, **options)
+
+    # ---------------------------------------------------------------- building
+
+    def _anchor(self, index: int) -> TimmModel:
+        return self._modules["anchors"]._modules[str(index)]  # type: ignore[union-attr]  # the long way takes longer
+
+    def _build_anchor(self, index: int) -> nn.Module:
+        if index not in self.chains:
+            return nn.Identity()
+        try:
+            model = self.shapes[index].build(self.config.num_labels)
+        except ValueError as error:
+            raise ValueError(f"anchors[{index}]: {error}") from error
+        self.chains[index].keep_only(model, self._parts[index])
+        return model
+
+    def _build_stitching_layers(self) -> nn.ModuleDict:
+        pairs: dict[str, dict[str, StitchingLayer]] = {}
+        for number, stitch in enumerate(self.stitches):
+            for name, front, back in stitch.joints:
+                source, target = self.shapes[front.anchor], self.shapes[back.anchor]
+                cuts = f"cut {front.stop} of anchor {front.anchor} and cut {back.start} of anchor {back.anchor}"
+                problem = why_not_joined(source, front.stop, target, back.start, self.config.resize)
+                if problem:
+                    raise ValueError(f"stitches[{number}]: {cuts} cannot be joined: {problem}")
+                pair, index = name.split(".")
+                layer = StitchingLayer.between(source, front.stop, target, back.start)
+                if pairs.setdefault(pair, {}).setdefault(index, layer).arguments != layer.arguments:
+                    raise ValueError(f"stitches[{number}]: layer {name} joins other cuts elsewhere than here {cuts}")
+        return nn.ModuleDict({pair: nn.ModuleDict(members) for pair, members in pairs.items()})
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only what from_pretrained did not load comes here: new classifiers, and buffers that no checkpoint holds.
+        layers = (layer for layer in self.stitching_layers.modules() if isinstance(layer, StitchingLayer))
+        if isinstance(module, nn.Linear) and any(module is layer.linear for layer in layers):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+        if hasattr(module, "init_non_persistent_buffers"):
+            _restore_buffers(module)
+
 
 class StitchableModel(StitchablePreTrainedModel):
     """The features of a stitch: what timm's `forward_features` and `forward_head(pre_logits=True)` return."""
 
     def _output(self, features: torch.Tensor, anchor: int, labels: torch.Tensor | None) -> BaseModelOutputWithPooling:
-        if labels is not None:
-            _refuse(["labels"])
+        _refuse([] if labels is None else ["labels"])
         pooled = self.run_head(anchor, features, pre_logits=True)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=pooled)
 
@@ -712,20 +670,20 @@ class StitchableForImageClassification(StitchablePreTrainedModel):
 def _described(config: Any) -> tuple[list[Anchor], Stitches]:
     """What a config, which holds JSON types only, says of anchors and stitches."""
     anchors = [Anchor.from_dict(entry, f"anchors[{index}]") for index, entry in enumerate(config.anchors)]
-    return anchors, Stitches(Stitch.from_dict(x, f"stitches[{index}]") for index, x in enumerate(config.stitches))
+    return anchors, Stitches(read(tuple[Stitch, ...], config.stitches, "stitches"))
 
 
 def _needed_weights(config: Any) -> Callable[[str], bool]:
     """Whether a model of a config has a weight of this name."""
     anchors, stitches = _described(config)
     parts = parts_used(anchors, stitches)
-    layers = {f"stitching_layers.{layer}." for stitch in stitches for layer in stitch.layers}
+    layers = tuple(f"stitching_layers.{layer}." for stitch in stitches for layer in stitch.layers)
 
     def is_needed(name: str) -> bool:
         kind, index, *rest = name.split(".", 2)
         if kind == "anchors" and index.isdigit() and int(index) < len(anchors) and rest:
             return anchors[int(index)].chain.part_of(rest[0]) in parts[int(index)]
-        return any(name.startswith(layer) for layer in layers)
+        return name.startswith(layers)
 
     return is_needed
 
@@ -739,8 +697,8 @@ def _plan(stitch: Stitch) -> tuple[Step, ...]:
 
 
 def _refuse(names: Iterable[str]) -> None:
-    known = list(inspect.signature(StitchablePreTrainedModel.forward).parameters)[1:-1]
     for name in names:
+        known = list(inspect.signature(StitchablePreTrainedModel.forward).parameters)[1:-1]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near and near[0] != name else f"there are {', '.join(known)}"
         raise TypeError(f"forward() got an unexpected keyword argument {name!r}; {hint}")
@@ -758,6 +716,12 @@ def _restore_buffers(module: Any) -> None:
             setattr(module, name, buffer)
 
 
+_REPAIR = (
+    "Merge the adapters first (merge_and_unload), make pruning permanent (torch.nn.utils.prune.remove), change "
+    "classifiers by model.reset_classifier(num_classes), extract before layers are quantised or replaced"
+)
+
+
 def _counterpart(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """The submodule of a model that stands where its config has `module`, if its weights can be taken over exactly."""
     try:
@@ -767,33 +731,26 @@ def _counterpart(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     source = getattr(found, "_orig_mod", found)  # of a block that was compiled on its own
     if isinstance(module, nn.Identity):
         return source  # of which the stitch needs nothing
-    saved = module.state_dict()  # other buffers are made anew, of another shape at times
     needed, there = (
         {key: tuple(x.shape) for key, x in [*owner._parameters.items(), *owner._buffers.items()] if x is not None}
         for owner in (module, source or nn.Identity())
     )
-    # For training on many devices.
+    # Buffers that are not saved are made anew, of another shape at times; training on many devices synchronises norms.
+    differ = any(there.get(key) != needed[key] for key in module.state_dict() if key in needed)
     synchronised = isinstance(source, nn.SyncBatchNorm) and type(module) is nn.BatchNorm2d
-    if not (type(source) is type(module) or synchronised) or any(
-        there.get(key) != needed[key] for key in saved if key in needed
-    ):
+    if differ or not (type(source) is type(module) or synchronised):
         raise ValueError(
             f"{name} cannot be taken over exactly: the config has a {type(module).__name__} there, the model a "
-            f"{type(source).__name__}, with {needed} and {there}. Merge the adapters first (merge_and_unload), make "
-            "pruning permanent (torch.nn.utils.prune.remove), change classifiers by model.reset_classifier(number), "
-            "extract before layers are quantised or replaced"
+            f"{type(source).__name__}, with {needed} and {there}. {_REPAIR}"
         )
     if any(tensor.is_meta for tensor in source.parameters(recurse=False)):
-        raise ValueError(
-            f"the weights of {name} are offloaded; load this stitch alone with from_pretrained(..., stitch_id=)"
-        )
+        raise ValueError(f"the weights of {name} are offloaded; load it alone: from_pretrained(..., stitch_id=)")
     return source
 
 
-def _is_code_of(known: type, source: str | os.PathLike, reference: str, hub: Mapping[str, Any]) -> bool:
+def _is_code_of(known: type, path: str | None) -> bool:
     try:
         own = Path(inspect.getfile(known)).read_text(encoding="utf-8")
     except (OSError, TypeError):  # of a notebook, which no file can equal
         return True
-    path = cached_file(source, f"{reference.split('.')[0]}.py", **hub)
     return path is not None and Path(path).read_text(encoding="utf-8").split() == own.split()

@@ -1,4 +1,4 @@
-"""Routes through a family of anchors: segments, joints, stitches and budgets. Pure Python.
+"""Routes through a family of anchors: segments, joints, stitches, cascades and budgets. Pure Python.
 
 An anchor is a chain: stem, L blocks, neck, head. `cut p` is the place after p blocks (0 = after the stem, L = before
 the neck). A route is the segments of a stitch in order: one for an anchor, two for a stitch of the paper (Pan et al.,
@@ -8,15 +8,13 @@ CVPR 2023, equation 3); nothing here assumes how many there are.
 import math
 import operator
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from .schema import read, write
 
-_SHOWN = 4  # stitches at either end of a long list
 _FIGURES = ("flops", "params", "latency_ms", "memory_mb")
 _ARCHITECTURE = re.compile(r"[\w.-]+")
 _LAYER_NAME = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*)\.(0|[1-9]\d*)")
@@ -67,14 +65,9 @@ class AnchorShape:
 
     def __post_init__(self) -> None:
         """Refuse what fits together nowhere."""
-        if (
-            len(self.cuts) != self.depth + 1
-            or min((*self.stages, *(n for cut in self.cuts for n in cut)), default=0) < 1
-        ):
-            raise ValueError(
-                f"stages {list(self.stages)} and {len(self.cuts)} cuts disagree, or one is below 1; there must be one "
-                "cut more than blocks"
-            )
+        sizes = [*self.stages, *(number for cut in self.cuts for number in cut)]
+        if len(self.cuts) != self.depth + 1 or min(sizes) < 1:
+            raise ValueError(f"stages {self.stages} need one cut more than blocks, got {len(self.cuts)}, all above 0")
         if self.prefix_tokens < 0 or len(self.prefix_names) not in (0, self.prefix_tokens):
             raise ValueError(f"{self.prefix_tokens} prefix_tokens have the prefix_names {list(self.prefix_names)}")
 
@@ -103,18 +96,17 @@ def carried_tokens(source: AnchorShape, target: AnchorShape) -> tuple[int | None
 
 def why_not_joined(source: AnchorShape, stop: int, target: AnchorShape, start: int, resize: str | None) -> str | None:
     """Why no stitching layer can join cut `stop` of one anchor to cut `start` of another; None if one can."""
-    before, after = source.cuts[stop], target.cuts[start]
-    if (source.layout == "UNITS") != (target.layout == "UNITS"):
+    before, after, units = source.cuts[stop], target.cuts[start], source.layout == "UNITS"
+    if units != (target.layout == "UNITS"):
         return "tokens in the order of mask units (Hiera) meet a grid; they can be joined to their like only"
-    if before[1:] != after[1:] and (resize is None or source.layout == "UNITS"):
-        return (
-            f"a stitching layer needs equal grids, but there are {before.height}x{before.width} and "
-            f"{after.height}x{after.width}" + ("" if source.layout == "UNITS" else "; resize='bilinear' joins them")
-        )
-    if None in carried_tokens(source, target) and after.channels != target.cuts[0].channels:
+    if before[1:] != after[1:] and (resize is None or units):
+        grids = f"there are {before.height}x{before.width} and {after.height}x{after.width}"
+        return f"a stitching layer needs equal grids, but {grids}" + ("" if units else "; resize='bilinear' joins them")
+    own = target.cuts[0].channels
+    if None in carried_tokens(source, target) and after.channels != own:
         return (
             f"the back anchor needs {target.prefix_tokens} prefix tokens that the front lacks, and its own have the "
-            f"{target.cuts[0].channels} channels of its stem, not {after.channels}"
+            f"{own} channels of its stem, not {after.channels}"
         )
     return None
 
@@ -131,8 +123,7 @@ class Stitch:
         params: parameters, as many as `extract` holds.
         latency_ms: predicted milliseconds of one call, None until calibrated.
         memory_mb: predicted peak of memory of one call, in 10^6 bytes, the weights of this stitch alone included.
-        metrics: measured figures, e.g. {"accuracy": 0.97}. A figure that is infinite or NaN is left out: JSON has no
-            such numbers, and no stitch could be chosen by them.
+        metrics: measured figures, e.g. {"accuracy": 0.97}. A figure that is infinite or NaN is left out.
         skips_neck: whether the head takes the features of the last block as they are, without the back anchor's final
             norm. Only weights that were trained so want it: the authors' DeiT stitches.
     """
@@ -148,25 +139,21 @@ class Stitch:
     skips_neck: bool = False
 
     def __post_init__(self) -> None:
-        """Leave out what is not finite, and refuse costs below 0."""
+        """Leave out what is not finite, for JSON has no such numbers, and refuse costs below 0."""
         for name in _FIGURES:
             figure = getattr(self, name)
             if figure is not None and not math.isfinite(figure):
                 object.__setattr__(self, name, None)
             elif figure is not None and figure < 0:
                 raise ValueError(f"{name} of stitch {self.id} is below 0: {figure!r}")
-        metrics = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
-        object.__setattr__(self, "metrics", metrics)
+        object.__setattr__(self, "metrics", {name: x for name, x in self.metrics.items() if math.isfinite(x)})
 
     @property
     def mean_flops(self) -> float | None:
         """Those of an image on average, as every choice has them: of a stitch the same for all."""
         return self.flops
 
-    @property
-    def max_flops(self) -> float | None:
-        """Those of the dearest image."""
-        return self.flops
+    max_flops = mean_flops  # those of the dearest image
 
     @property
     def is_anchor(self) -> bool:
@@ -188,11 +175,7 @@ class Stitch:
 
     @classmethod
     def from_dict(cls, stitch: Any, path: str = "a stitch") -> "Stitch":
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: what a stitch is not made of; names the place, whose beginning is `path`.
-        """
+        """The inverse of `to_dict`; a ValueError names the place, whose beginning is `path`."""
         return read(cls, stitch, path)
 
 
@@ -202,13 +185,12 @@ class Stage:
 
     Attributes:
         stitch: the id of the stitch that it runs.
-        flops: what it adds per image that gets so far: its stitch's FLOPs without those of the beginning it shares with
-            an earlier stage.
-        score: what it is compared with its threshold by, of softmax(logits / temperature).
+        flops: what it adds per image that gets so far: its stitch's without the beginning shared with an earlier stage.
+        score: what is compared with the threshold, of softmax(logits / temperature): its largest value, or its lead.
         threshold: an image goes on to the next stage while its score is below; None of the last.
         temperature: of its logits.
-        combine: what answers an image for which this stage is the last: its logits, or the "mean" of logits /
-            temperature over all stages that ran.
+        combine: what answers where this stage is the last to run: its logits, or the "mean" of logits / temperature
+            over all stages that ran.
     """
 
     stitch: int
@@ -258,11 +240,9 @@ class Cascade:
 
     def __post_init__(self) -> None:
         """Refuse stages that are no cascade."""
-        open_ended = [stage.threshold is None for stage in self.stages]
-        if len(self.stages) < 2 or open_ended != [False] * (len(self.stages) - 1) + [True]:
-            raise ValueError("a cascade has at least two stages, each but the last with a threshold")
-        if len({stage.stitch for stage in self.stages}) < len(self.stages):
-            raise ValueError("the stages of a cascade are different stitches")
+        ends, stitches = [stage.threshold is None for stage in self.stages], {stage.stitch for stage in self.stages}
+        if len(stitches) < 2 or len(stitches) < len(ends) or ends != [False] * (len(ends) - 1) + [True]:
+            raise ValueError("a cascade has at least two stages, of different stitches, each but the last a threshold")
         if not 0 < self.flops <= self.max_flops < math.inf:
             raise ValueError(f"flops must be above 0 and at most max_flops, got {self.flops} and {self.max_flops}")
 
@@ -271,9 +251,9 @@ class Cascade:
         """Those of an image on average, as every choice has them."""
         return self.flops
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types only, the form it has in `config.json`."""
-        return write(self)
+
+Choice = Stitch | Cascade
+"""What a budget chooses among."""
 
 
 class Stitches(tuple[Stitch, ...]):
@@ -284,8 +264,8 @@ class Stitches(tuple[Stitch, ...]):
     def __repr__(self) -> str:
         """A line per stitch."""
         shown = [f"    {stitch!r},\n" for stitch in self]
-        if len(shown) > 2 * _SHOWN:
-            shown[_SHOWN:-_SHOWN] = [f"    ... {len(shown) - 2 * _SHOWN} more ...\n"]
+        if len(shown) > 8:
+            shown[4:-4] = [f"    ... {len(shown) - 8} more ...\n"]
         return f"({len(self)} stitches\n{''.join(shown)})"
 
 
@@ -295,16 +275,9 @@ def layer_name(front: int, back: int, index: int) -> str:
 
 
 def check_name(architecture: Any) -> None:
-    """Refuse what cannot be the name of an architecture, such as a path, an address or text that is markup elsewhere.
-
-    Raises:
-        ValueError: it has more than letters, digits, "_", "-" and ".".
-    """
+    """Refuse with a ValueError what names no architecture, such as a path, an address or markup."""
     if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):
-        raise ValueError(
-            f"an architecture is named by letters, digits, '_', '-' and '.', as timm names its models; got "
-            f"{architecture!r}"
-        )
+        raise ValueError(f"an architecture is named by letters, digits, '_', '-' and '.', got {architecture!r:.80}")
 
 
 def check_stitches(stitches: Sequence[Stitch], depths: Sequence[int]) -> None:
@@ -316,10 +289,11 @@ def check_stitches(stitches: Sequence[Stitch], depths: Sequence[int]) -> None:
     """
     if not stitches:
         raise ValueError("the config has no stitch; a stitchable model needs at least one")
-    times = Counter(stitch.id for stitch in stitches)
+    ids: set[int] = set()
     for index, stitch in enumerate(stitches):
-        if times[stitch.id] > 1:
-            raise ValueError(f"stitches[{index}]: id {stitch.id} occurs {times[stitch.id]} times; ids must be unique")
+        if stitch.id in ids:
+            raise ValueError(f"stitches[{index}]: id {stitch.id} occurs twice; ids must be unique")
+        ids.add(stitch.id)
         problem = _problem_of_route(stitch, depths)
         if problem:
             route = [list(segment) for segment in stitch.route]
@@ -351,9 +325,18 @@ def _problem_of_route(stitch: Stitch, depths: Sequence[int]) -> str | None:
     for name, front, back in stitch.joints:
         match = _LAYER_NAME.fullmatch(name)
         if match is None or (int(match[1]), int(match[2])) != (front.anchor, back.anchor):
-            wanted = layer_name(front.anchor, back.anchor, 0)
-            return f"unknown stitching layer {name!r}, between these anchors it must be like {wanted!r}"
+            return f"unknown stitching layer {name!r}, it must be like {layer_name(front.anchor, back.anchor, 0)!r}"
     return None
+
+
+def check_cascades(cascades: Sequence[Cascade], stitches: Sequence[Stitch], left_out: Collection[int] = ()) -> None:
+    """Refuse with a ValueError cascades of unknown stitches, not even left out ones, or of stages in another order."""
+    flops, ids = {stitch.id: stitch.flops for stitch in stitches}, [cascade.id for cascade in cascades]
+    for number, cascade in enumerate(cascades):
+        stages = [stage.stitch for stage in cascade.stages]
+        costs = [cost for stitch in stages if (cost := flops.get(stitch)) is not None]
+        if not set(stages) <= {*flops, *left_out} or costs != sorted(costs) or ids.count(cascade.id) > 1:
+            raise ValueError(f"cascades[{number}]: stages {stages} must be known stitches of growing cost, ids unique")
 
 
 def find_stitch(stitches: Sequence[Stitch], stitch_id: Any, left_out: Collection[int] = ()) -> Stitch:
@@ -367,25 +350,16 @@ def find_stitch(stitches: Sequence[Stitch], stitch_id: Any, left_out: Collection
         if stitch.id == wanted:
             return stitch
     ids = [stitch.id for stitch in stitches]
-    if len(ids) == 1:
-        listed = f"stitch {ids[0]} only"
-    else:
-        listed = f"stitches {ids[0]}..{ids[-1]}" if ids == list(range(ids[0], ids[-1] + 1)) else f"stitches {ids}"
+    all_between = ids == list(range(ids[0], ids[-1] + 1))
+    listed = f"stitches {f'{ids[0]}..{ids[-1]}' if all_between else ids}" if len(ids) > 1 else f"stitch {ids[0]} only"
     if wanted in left_out:
-        raise ValueError(
-            f"stitch {wanted} was left out of this model, which has {listed}; load the checkpoint without stitch_id "
-            "and max_flops, or with others"
-        )
+        raise ValueError(f"stitch {wanted} was left out of this model, which has {listed}; load the whole checkpoint")
     nearest = min(ids, key=lambda known: abs(known - wanted))
     raise ValueError(f"stitch_id {wanted} is out of range: this model has {listed}; the nearest is {nearest}")
 
 
 def find_cascade(cascades: Sequence[Cascade], cascade_id: Any, stitches: Sequence[Stitch]) -> Cascade:
-    """The cascade with this id.
-
-    Raises:
-        ValueError: not an integer, no such cascade, or one of stitches that are not among these.
-    """
+    """The cascade with this id; a ValueError where there is none, or it runs others than these stitches."""
     wanted = check_integer(cascade_id, "cascade")
     found = next((cascade for cascade in cascades if cascade.id == wanted), None)
     if found is None:
@@ -396,36 +370,13 @@ def find_cascade(cascades: Sequence[Cascade], cascade_id: Any, stitches: Sequenc
     return found
 
 
-def check_cascades(cascades: Sequence[Cascade], stitches: Sequence[Stitch], left_out: Collection[int] = ()) -> None:
-    """Refuse cascades of unknown stitches, or whose stages do not grow in cost; those left out may be missing."""
-    flops, ids = {stitch.id: stitch.flops for stitch in stitches}, [cascade.id for cascade in cascades]
-    for number, cascade in enumerate(cascades):
-        stages = [stage.stitch for stage in cascade.stages]
-        unknown = set(stages) - set(flops) - set(left_out)
-        costs = [cost for stitch in stages if (cost := flops.get(stitch)) is not None]
-        if unknown or costs != sorted(costs) or ids.count(cascade.id) > 1:
-            raise ValueError(
-                f"cascades[{number}]: the stitches of its stages, {stages}, must be known and grow in cost, and its id "
-                f"{cascade.id} be unique" + (f"; there is no stitch {min(unknown)}" if unknown else "")
-            )
-
-
-Choice = Stitch | Cascade
-"""What a budget chooses among."""
-
-
 def best_within(choices: Sequence[Choice], *, metric: str = "accuracy", **bounds: float | None) -> Choice:
-    """The choice with the highest `metric` among those within every bound given; of equals, that with fewer mean FLOPs.
+    """The choice with the highest `metric` within every bound; of equals, and where none is measured, see below.
 
-    Where none within the bounds has been measured, the largest FLOPs win.
-
-    Args:
-        choices: stitches and cascades.
-        metric: the key of `metrics` to maximise; one that is better when higher.
-        bounds: as for `within`.
+    Of equals the one with fewer mean FLOPs; where none within the bounds was measured, that with the most.
 
     Raises:
-        ValueError: as `within`, or a metric that nothing has although others were measured.
+        ValueError: as `within`, or a metric that nothing has although others were measured, or that falls.
     """
     if metric == "loss":
         raise ValueError("a budget maximises its metric, and a loss is better when it is lower; choose another")
@@ -440,7 +391,7 @@ def best_within(choices: Sequence[Choice], *, metric: str = "accuracy", **bounds
 
 
 def within(choices: Sequence[Choice], **bounds: float | None) -> list[Choice]:
-    """The choices within every bound that is given.
+    """The stitches and cascades within every bound that is given.
 
     Args:
         choices: stitches and cascades.
@@ -454,19 +405,17 @@ def within(choices: Sequence[Choice], **bounds: float | None) -> list[Choice]:
     given = {name: _check_bound(bound, name) for name, bound in bounds.items() if bound is not None}
     if not given:
         raise ValueError(f"a budget needs at least one of mean_flops, {', '.join(_FIGURES)}")
-    costs = {name: [(x, cost) for x in choices if (cost := _cost(x, name)) < math.inf] for name in given}
-    for name, carriers in costs.items():
-        if not carriers:
-            calibrated = name in ("latency_ms", "memory_mb")
-            hint = "; stitchable.calibrate(model) predicts it for this device" if calibrated else ""
+    for name in given:
+        if all(_cost(choice, name) == math.inf for choice in choices):
+            hint = "; stitchable.calibrate(model) predicts it for this device" if name in _FIGURES[2:] else ""
             raise ValueError(f"no stitch of this model carries {name}, so it cannot be a budget{hint}")
     affordable = [x for x in choices if all(_cost(x, name) <= bound for name, bound in given.items())]
     if not affordable:
-        asked = ", ".join(f"{name} <= {bound:g}" for name, bound in given.items())
-        cheapest = {name: min(carriers, key=lambda pair: pair[1]) for name, carriers in costs.items()}
+        cheapest = {name: min(choices, key=lambda choice: _cost(choice, name)) for name in given}
         found = "; ".join(
-            f"by {name} {type(x).__name__.lower()} {x.id} ({name} {cost:g})" for name, (x, cost) in cheapest.items()
+            f"by {name} {type(x).__name__.lower()} {x.id} ({name} {_cost(x, name):g})" for name, x in cheapest.items()
         )
+        asked = ", ".join(f"{name} <= {bound:g}" for name, bound in given.items())
         raise ValueError(f"no stitch is within {asked}; the cheapest is, {found}")
     return affordable
 
@@ -476,16 +425,20 @@ def _cost(choice: Choice, name: str) -> float:
     return math.inf if cost is None else cost
 
 
+def _check_bound(bound: Any, name: str) -> float:
+    try:
+        number = float(bound)
+    except (TypeError, ValueError):
+        raise ValueError(f"the budget {name} must be a number, got {bound!r}") from None
+    if math.isnan(number) or number <= 0:
+        raise ValueError(f"the budget {name} must be a positive number, got {bound!r}")
+    return number
+
+
 def restrict(
     stitches: Sequence[Stitch], default: int | None, stitch_id: int | None, max_flops: float | None
 ) -> tuple[list[Stitch], int | None]:
     """The stitches to keep of a checkpoint of which a part is loaded, and the default among them.
-
-    Args:
-        stitches: of the checkpoint.
-        default: of the checkpoint.
-        stitch_id: the stitch to keep, alone if there is no `max_flops`; it is the default then.
-        max_flops: every stitch up to these FLOPs is kept.
 
     Raises:
         ValueError: no stitch has this id, or none is within these FLOPs.
@@ -502,35 +455,9 @@ def restrict(
     return kept, best_within(stitches, flops=max_flops).id
 
 
-def pareto_front(stitches: Iterable[Stitch], metric: str = "accuracy") -> list[Stitch]:
-    """The measured stitches that no other beats in both FLOPs and metric, cheapest first."""
-    front: list[Stitch] = []
-    measured = [stitch for stitch in stitches if metric in stitch.metrics and stitch.flops is not None]
-    for stitch in sorted(measured, key=lambda stitch: (stitch.flops, -stitch.metrics[metric])):
-        if not front or stitch.metrics[metric] > front[-1].metrics[metric]:
-            front.append(stitch)
-    return front
-
-
 def check_integer(value: Any, name: str) -> int:
-    """`value` as an int.
-
-    Raises:
-        ValueError: it is not an integer (a boolean is none here: set_stitch(True) is a mistake).
-    """
+    """`value` as an int; a ValueError if it is none (nor is a boolean: set_stitch(True) is a mistake)."""
     try:
-        if isinstance(value, bool):
-            raise TypeError("true and false are no numbers")
-        return operator.index(value)
+        return operator.index("" if isinstance(value, bool) else value)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {value!r} ({type(value).__name__})") from None
-
-
-def _check_bound(bound: Any, name: str) -> float:
-    try:
-        number = float(bound)
-    except (TypeError, ValueError):
-        raise ValueError(f"the budget {name} must be a number, got {bound!r}") from None
-    if math.isnan(number) or number <= 0:
-        raise ValueError(f"the budget {name} must be a positive number, got {bound!r}")
-    return number

@@ -83,7 +83,7 @@ def test_a_device_map_that_splits_an_anchor_is_refused(tmp_path: Path) -> None:
     parts = ("patch_embed", "cls_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm", "fc_norm")
     rest = {f"anchors.0.{part}": "cpu" for part in (*parts, "head_drop", "head")}
     device_map = {**rest, "anchors.0.blocks": "disk", "anchors.1": "cpu", "stitching_layers": "cpu"}
-    with pytest.raises(ValueError, match=r"places 'anchors.0.patch_embed'; it can place whole anchors .* at any block"):
+    with pytest.raises(ValueError, match=r"places 'anchors.0.patch_embed'; it can place whole anchors"):
         StitchableForImageClassification.from_pretrained(tmp_path / "model", device_map=device_map)
     split = dispatch_model(model, device_map, offload_dir=tmp_path / "offload", main_device="cpu")
     with pytest.raises(ValueError, match=r"places 'anchors.0.patch_embed'"):
@@ -96,7 +96,7 @@ def test_what_an_offloaded_model_can_and_cannot(tmp_path: Path) -> None:
     batches = [{"pixel_values": images("vit", 4), "labels": torch.arange(4)}]
     assert evaluate(offloaded, batches) == evaluate(model, batches)
     calibrate(offloaded, num_runs=1, num_warmup_runs=0, num_verified=1)
-    with pytest.raises(ValueError, match=r"weights of .* are offloaded; load this stitch alone"):
+    with pytest.raises(ValueError, match=r"weights of .* are offloaded; load it alone"):
         offloaded.extract(4)
     with pytest.raises(ValueError, match="cannot be saved; save the model before"):
         offloaded.save_pretrained(tmp_path)
@@ -138,7 +138,7 @@ def test_anchors_in_data_types_of_their_own(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
 def test_whole_numbers_are_no_pixel_values(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=f"floating-point numbers, got {dtype}; the image processor"):
+    with pytest.raises(ValueError, match=f"floating-point numbers, got {dtype}; see the image processor"):
         make("vit")(torch.ones(1, 3, 32, 32, dtype=dtype))
 
 

@@ -113,9 +113,7 @@ def test_stitching_layers_of_an_older_version_are_refused(tmp_path: Path) -> Non
     for path in tmp_path.glob("model*"):
         path.unlink()
     save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    reason = (
-        r"older stitchable.*'stitching_layers.0-1.\d.(weight|bias)' is 'stitching_layers.0-1.\d.linear.(weight|bias)'"
-    )
+    reason = "those of another model, or of an older stitchable"
     with pytest.raises(ValueError, match=reason):
         StitchableForImageClassification.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=reason):

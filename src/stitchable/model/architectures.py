@@ -50,15 +50,19 @@ def create_model(
     """
     check_name(architecture)
     kwargs = {} if kwargs is None else kwargs
-    _check_kwargs(architecture, kwargs)
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise ValueError(f"the kwargs of {architecture!r} must be arguments of the model by name, got {kwargs!r:.80}")
+    for name in sorted(_NOT_OF_A_MODEL & set(kwargs)):
+        raise ValueError(f"the kwargs of {architecture!r} cannot hold {name!r}: they are arguments of its constructor")
+    for name, value in kwargs.items():
+        if not _is_json(value):
+            raise ValueError(f"the kwargs of {architecture!r} are kept in config.json, but {name} is {value!r:.80}")
     if own_class is not None and own_class not in OWN_CLASSES:
         raise ValueError(f"{architecture!r} is made by {own_class}, which this process has not registered")
     if own_class is None and not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture.split(".")[0], timm.list_models(), n=3)
-        raise ValueError(
-            f"timm {timm.__version__} has no model {architecture!r}"
-            + (f"; the nearest are {', '.join(near)}" if near else "; timm.list_models() lists them all")
-        )
+        near = ", ".join(difflib.get_close_matches(architecture.split(".")[0], timm.list_models(), n=3))
+        hint = f"the nearest are {near}" if near else "timm.list_models() lists them all"
+        raise ValueError(f"timm {timm.__version__} has no model {architecture!r}; {hint}")
     # Most of the time of building a model on the meta device would go into initialising what has no values.
     without_values = _NoValues() if torch.get_default_device().type == "meta" else nullcontext()
     classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
@@ -70,22 +74,6 @@ def create_model(
     except Exception as error:  # constructors have many ways to say that they cannot work with their arguments
         reason = str(error) or "an assertion of timm fails"
         raise ValueError(f"{architecture!r} cannot be made with {dict(kwargs)}: {reason}") from error
-
-
-def _check_kwargs(architecture: str, kwargs: Mapping[str, Any]) -> None:
-    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
-        raise ValueError(f"the kwargs of {architecture!r} must be arguments of the model by name, got {kwargs!r}")
-    for name in sorted(_NOT_OF_A_MODEL & set(kwargs)):
-        raise ValueError(
-            f"the kwargs of {architecture!r} cannot hold {name!r}: they are arguments of the model's constructor; "
-            "weights from a file are given as `weights` to from_anchors"
-        )
-    for name, value in kwargs.items():
-        if not _is_json(value):
-            raise ValueError(
-                f"the kwargs of {architecture!r} are kept in config.json, but {name} is {value!r}; give a finite "
-                "number, text, None, or a list or mapping of them"
-            )
 
 
 def _is_json(value: Any) -> bool:

@@ -16,7 +16,12 @@ from .schema import read, write
 STITCHABLE_VERSION = "0.1.0"
 
 # Fields of transformers of which it does not say what is wrong with them.
-_OTHERS = {"id2label": Mapping[str, str], "label2id": Mapping[str, int], "architectures": tuple[str, ...]}
+_OTHERS = {
+    "id2label": Mapping[str, str],
+    "label2id": Mapping[str, int],
+    "architectures": tuple[str, ...],
+    "model_type": str,
+}
 _AUTO_MAP = {
     "AutoConfig": "configuration_stitchable.StitchableConfig",
     "AutoModel": "modeling_stitchable.StitchableModel",
@@ -72,29 +77,22 @@ class StitchableConfig(PreTrainedConfig):
     model that no stitch uses are not built: a config with one stitch describes that stitch's network alone.
 
     Args:
-        anchors: one entry per anchor, smallest first: `architecture` (a timm name), `kwargs` (of its constructor),
-            `class` ("file.Class" of a class of your own), `pretrained` (which weights it started from), `depth` in
-            blocks, `stages` (blocks per stage), `cuts` ([channels, height, width] at cut 0..depth), `layout`,
-            `prefix_tokens`, `prefix_names`, and `chain`, the names of its parts.
-        stitches: one entry per stitch: `id`, `route` ([anchor, start, stop] per segment), `layers` (the stitching
-            layers between the segments), `flops` (multiply-adds plus normalisation terms per image), `params`, and once
-            measured `latency_ms`, `memory_mb` and `metrics`.
-        space: the settings that enumerated the stitches; provenance only.
-        resize: "bilinear" where stitching layers may join cuts of different grids.
-        stitch_id: the stitch that runs when a call names none; the last one if None.
-        cascades: one entry per cascade: `id`, `stages`, `flops` (mean per image), `max_flops`, and what they were
-            chosen on; see `Cascade` and `Stage`.
-        cascade_id: the cascade that runs when a call names none, in the place of a stitch.
-        image_size: [height, width] in pixels that the cuts and costs hold for.
-        num_channels: channels of the image.
-        image_mean: per channel, of pixels in 0..1.
-        image_std: per channel, of pixels in 0..1.
-        left_out: ids of the stitches that the checkpoint has and this model leaves out, because it was loaded for one
-            stitch or budget, or extracted.
-        num_labels_of_costs: number of labels that `flops` and `params` were counted with.
-        stitchable_version: the version that wrote this config.
-        kwargs: as in any `PreTrainedConfig`, `num_labels`, `id2label` and `label2id` among them. An `auto_map` is
-            ignored: it names the classes of this code, whatever a file says; so is `transformers_weights`.
+        kwargs: those of any `PreTrainedConfig`, `num_labels`, `id2label` and `label2id` among them (an `auto_map` is
+            ignored: it names the classes of this code, whatever a file says; so is `transformers_weights`), and
+
+            - `anchors`: one entry each, smallest first: `architecture` (a timm name), `kwargs` (of its constructor),
+              `class` ("file.Class" of your own), `pretrained` (which weights it started from), `depth` in blocks,
+              `stages` (blocks per stage), `cuts` ([channels, height, width] at cut 0..depth), `layout`,
+              `prefix_tokens`, `prefix_names`, and `chain`, the names of its parts.
+            - `stitches`: one entry each, see `Stitch`; `cascades`: likewise, see `Cascade` and `Stage`.
+            - `stitch_id` or `cascade_id`: what runs when a call names none; the last stitch if both are None.
+            - `space`: the settings that enumerated the stitches; provenance only.
+            - `resize`: "bilinear" where stitching layers may join cuts of different grids.
+            - `image_size` ([height, width] in pixels that cuts and costs hold for), `num_channels`, `image_mean` and
+              `image_std` (per channel, of pixels in 0..1).
+            - `left_out`: ids of the stitches that the checkpoint has and this model leaves out.
+            - `num_labels_of_costs`: number of labels that `flops` and `params` were counted with.
+            - `stitchable_version`: the version that wrote this config.
 
     Raises:
         ValueError: anything of another type or out of its range, routes that do not fit the anchors, a default stitch
@@ -107,11 +105,8 @@ class StitchableConfig(PreTrainedConfig):
         own = {x.name: kwargs.pop(x.name) for x in fields(Settings) if x.name in kwargs}
         settings = read(Settings, {name: value for name, value in own.items() if value is not None}, "")
         if _numbers(settings.stitchable_version) > _numbers(STITCHABLE_VERSION):
-            warnings.warn(
-                f"this checkpoint was written by stitchable {settings.stitchable_version}, newer than the code that "
-                f"reads it ({STITCHABLE_VERSION}); update with `pip install --upgrade stitchable`",
-                stacklevel=2,
-            )
+            versions = f"{settings.stitchable_version}, newer than the code that reads it ({STITCHABLE_VERSION})"
+            warnings.warn(f"this checkpoint was written by stitchable {versions}; upgrade stitchable", stacklevel=2)
         vars(self).update({x.name: write(getattr(settings, x.name)) for x in fields(Settings)})
         if settings.stitches and settings.stitch_id is None and settings.cascade_id is None:
             self.stitch_id = settings.stitches[-1].id

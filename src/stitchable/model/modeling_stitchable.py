@@ -255,7 +255,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
             found = f"of shape {tuple(pixel_values.shape)}" if isinstance(pixel_values, torch.Tensor) else pixel_values
             raise ValueError(f"pixel values must be a tensor (N, C, H, W), got one {found!s:.80}")
         if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel values must be floating-point numbers of the processor, got {pixel_values.dtype}")
+            raise ValueError(
+                f"pixel values are floating-point numbers, got {pixel_values.dtype}; see the image processor"
+            )
         if "hf_device_map" in self.__dict__:  # accelerate has placed the parts of this model
             check_device_map(self.__dict__["hf_device_map"])
         return Flow(pixel_values, pixel_values)

@@ -83,15 +83,12 @@ def _hooks(module: nn.Module) -> Sequence[Any]:
 
 
 def check_device_map(device_map: Mapping[str, Any]) -> None:
-    """Refuse to place parts of an anchor apart.
+    """Refuse with a ValueError to place parts of an anchor apart.
 
-    Raises:
-        ValueError: a place of something else than whole anchors and stitching layers.
+    A stitch enters an anchor at any block, with what the whole anchor shares (positions, prefix tokens, context).
     """
-    for name in device_map:
-        if not _PLACED.fullmatch(name):
-            raise ValueError(
-                f"the device map places {name!r}; it can place whole anchors ('anchors.0', ...) and "
-                "'stitching_layers', because a stitch enters an anchor at any block, with what the whole anchor shares "
-                "(positions, prefix tokens, context)"
-            )
+    wrong = [name for name in device_map if not _PLACED.fullmatch(name)]
+    if wrong:
+        raise ValueError(
+            f"the device map places {wrong[0]!r}; it can place whole anchors ('anchors.0') and stitching_layers"
+        )

@@ -363,7 +363,9 @@ def find_cascade(cascades: Sequence[Cascade], cascade_id: Any, stitches: Sequenc
     wanted = check_integer(cascade_id, "cascade")
     found = next((cascade for cascade in cascades if cascade.id == wanted), None)
     if found is None:
-        raise ValueError(f"there is no cascade {wanted}; this model has {[x.id for x in cascades] or 'none'}")
+        raise ValueError(
+            f"there is no cascade {wanted} (cascade_id); this model has {[x.id for x in cascades] or 'none'}"
+        )
     missing = {stage.stitch for stage in found.stages} - {stitch.id for stitch in stitches}
     if missing:
         raise ValueError(f"cascade {wanted} runs stitches {sorted(missing)}, left out here; load with cascade={wanted}")

@@ -82,8 +82,7 @@ def find_shards(source: str | os.PathLike, is_needed: Callable[[str], bool], **h
     Args:
         source: a folder, or the id of a repository on the Hub.
         is_needed: whether a weight of this name is needed.
-        hub: `variant`, and where to look: `cache_dir`, `force_download`, `local_files_only`, `proxies`, `token`,
-            `revision`, `subfolder`.
+        hub: `variant`, and where to look: `cache_dir`, `revision`, `token` and so on.
 
     Returns:
         Path of each file -> the names that are needed of it.
@@ -97,22 +96,13 @@ def find_shards(source: str | os.PathLike, is_needed: Callable[[str], bool], **h
     whole = cached_file(source, names[0], _raise_exceptions_for_missing_entries=False, **hub)
     index = None if whole else cached_file(source, names[1], _raise_exceptions_for_missing_entries=False, **hub)
     if whole is None and index is None:
-        raise OSError(
-            f"{source} has no file named {names[0]} or {names[1]}; other weights, such as pytorch_model.bin, are "
-            "not read: convert them to safetensors where they come from"
-        )
+        raise OSError(f"{source} has no file named {names[0]} or {names[1]}; convert other weights to safetensors")
     weight_map = dict.fromkeys(_names_in(whole), whole) if whole else _read_index(str(index))
-    old = next((name for name in weight_map if _OLD_LAYER.fullmatch(name)), None)
-    if old:
-        raise ValueError(
-            f"{source} was saved by an older stitchable, whose stitching layers have other names ({old!r} is "
-            f"'{'.linear.'.join(old.rsplit('.', 1))}' now); make it again, or rename these weights in its files"
-        )
     wanted: dict[str, list[str]] = {}
     for name in filter(is_needed, sorted(weight_map)):
         wanted.setdefault(weight_map[name], []).append(name)
-    if not wanted:
-        raise ValueError(f"the weights of {source} are those of another model: it has none of this model's")
+    if not wanted or any(_OLD_LAYER.fullmatch(name) for name in weight_map):
+        raise ValueError(f"the weights of {source} are those of another model, or of an older stitchable")
     if whole:
         return wanted
     files = {}
@@ -135,15 +125,12 @@ def find_adapter(source: str | os.PathLike, **hub: Any) -> str | None:
         OSError: the configuration of an adapter without its weights as safetensors.
         ValueError: an adapter, but no PEFT, without which transformers would leave it out.
     """
-    hub["_raise_exceptions_for_missing_entries"] = False
-    config = cached_file(source, ADAPTER_CONFIG_NAME, **hub)
+    files = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
+    config, weights = (cached_file(source, x, _raise_exceptions_for_missing_entries=False, **hub) for x in files)
     if config is None:
         return None
-    if cached_file(source, ADAPTER_SAFE_WEIGHTS_NAME, **hub) is None:
-        raise OSError(
-            f"{source} has {ADAPTER_CONFIG_NAME}, but no {ADAPTER_SAFE_WEIGHTS_NAME}; save the adapter again, or "
-            f"remove {ADAPTER_CONFIG_NAME}"
-        )
+    if weights is None:
+        raise OSError(f"{source} has {files[0]}, but no {files[1]}; save the adapter again, or remove {files[0]}")
     if not is_peft_available():
         raise ValueError(f"an adapter of PEFT lies in {source}; install peft, or remove {ADAPTER_CONFIG_NAME}")
     return os.path.dirname(config)

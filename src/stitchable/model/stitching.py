@@ -83,16 +83,13 @@ class StitchingLayer(nn.Module):
             ValueError: features of another layout, or no prefix tokens where they are needed.
         """
         source, target = self.source, self.target
-        shape, channels = features.shape, 1 if source.layout == "NCHW" else -1
-        if len(shape) != (3 if source.is_tokens else 4) or shape[channels] != source.channels:
-            raise ValueError(
-                f"the layout of the front anchor is {source.layout} with {source.channels} channels by the config, but "
-                f"its features are {tuple(shape)}"
-            )
+        channels = features.shape[1 if source.layout == "NCHW" else -1]
+        if features.ndim != (3 if source.is_tokens else 4) or channels != source.channels:
+            raise ValueError(f"by its layout the front anchor gives {source}, but its features are {features.shape}")
         if self._maps_all:
             return from_channels_last(self.linear(to_channels_last(features, source.layout)), target)
         x = grid_of(features, source)
-        if smaller(target.grid, source.grid):
+        if math.prod(target.grid) < math.prod(source.grid):
             x = resize(x, target.grid)
         x = resize(self.linear(x), target.grid)
         if not self.carried:
@@ -148,8 +145,3 @@ def resize(x_NHWC: torch.Tensor, grid: Grid) -> torch.Tensor:
         return x_NHWC
     x = F.interpolate(x_NHWC.permute(0, 3, 1, 2), size=grid, mode="bilinear", align_corners=False)
     return x.permute(0, 2, 3, 1)
-
-
-def smaller(grid: Grid, than: Grid) -> bool:
-    """Whether a grid has fewer positions than another."""
-    return math.prod(grid) < math.prod(than)

@@ -484,6 +484,48 @@ def app_(
     page.launch(page.create_page(loaded, processor_of(loaded), title, pictures), port)
 
 
+@command
+def simulate(
+    model: Source,
+    trace: Annotated[str, typer.Option(help="poisson, bursty, diurnal, or a file of arrival times, one per line.")],
+    slo_ms: Annotated[float, typer.Option(help="Target from a request's arrival to its answer.")] = 50,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second, the mean, unless the trace is a file.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Length of the trace, unless it is a file.")] = 120,
+    seed: Annotated[int, typer.Option(help="Of the trace, unless it is a file.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Image file for a figure over time.")] = None,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Say how a server of this model would do on a trace of requests, beside simpler servers and an oracle."""
+    from stitchable.serving import comparison
+    from stitchable.serving.choices import choices_of
+    from stitchable.serving.traces import KINDS, make_trace, read_trace
+
+    if slo_ms <= 0:
+        raise ValueError(f"--slo-ms must be above 0, got {slo_ms:g}")
+    if output is not None and output.exists():
+        raise ValueError(f"{output} exists; choose another name, or remove it")
+    if trace in KINDS and rate is None:
+        raise ValueError(f"a {trace} trace needs --rate, in requests per second")
+    arrivals = make_trace(trace, rate or 0, seconds, seed) if trace in KINDS else read_trace(trace)
+    loaded = _to(_load(model, trust_remote_code), device)
+    choices = choices_of(loaded)
+    anchors = [stitch.id for stitch in loaded.stitches if stitch.is_anchor]
+    outcomes = comparison.compare(choices, anchors, arrivals, slo_ms / 1e3)
+    if output is not None:
+        names = ["policy", *(name for name in outcomes if name.startswith("anchor")), "oracle"]
+        comparison.plot(outcomes, names).savefig(output)
+    if as_json:
+        summaries = {name: outcome.summary() for name, outcome in outcomes.items()}
+        typer.echo(json.dumps(summaries, indent=1, allow_nan=False))
+    else:
+        typer.echo(f"{len(arrivals)} requests in {arrivals[-1]:.0f} s, target {slo_ms:g} ms")
+        typer.echo(comparison.to_text(outcomes))
+
+
 def _batches(*arguments: Any, **options: Any) -> Any:
     from stitchable.images import read_batches
 

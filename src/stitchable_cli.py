@@ -485,6 +485,42 @@ def app_(
 
 
 @command
+def serve(
+    model: Source,
+    slo_ms: Annotated[float, typer.Option(help="Target from a request's arrival to its answer.")] = 50,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="STITCHABLE_TOKEN", help="Bearer token that requests must bring.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of a CPU; PyTorch's default if left out.")] = None,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer images over HTTP within a target of latency, by cheaper stitches when requests pile up."""
+    import torch
+
+    try:
+        from stitchable.serving import http, server
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the server needs {error.name}: pip install 'stitchable[serve]'") from error
+    from stitchable.publishing import processor_of
+    from stitchable.serving.engine import Engine
+
+    if slo_ms <= 0:
+        raise ValueError(f"--slo-ms must be above 0, got {slo_ms:g}")
+    with server.bind(host, port) as bound:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        loaded = _to(_load(model, trust_remote_code), device)
+        title = Path(model).resolve().name if Path(model).is_dir() else model
+        engine = Engine(loaded, processor_of(loaded), slo_ms / 1e3)
+        address = f"http://{host}:{bound.getsockname()[1]}"
+        typer.echo(f"{title}: {len(engine.policy.choices)} choices, target {slo_ms:g} ms, {address}")
+        server.make_server(http.create_app(engine, title, token)).run(sockets=[bound])
+
+
+@command
 def simulate(
     model: Source,
     trace: Annotated[str, typer.Option(help="poisson, bursty, diurnal, or a file of arrival times, one per line.")],

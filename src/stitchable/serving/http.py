@@ -1,0 +1,274 @@
+"""The server's HTTP: FastAPI around an engine."""
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from heapq import nlargest
+from importlib.resources import files
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, Field
+from starlette.requests import ClientDisconnect
+
+import stitchable
+from stitchable.serving.bodies import Inbox, WrongType, unpack
+from stitchable.serving.choices import front_of
+from stitchable.serving.engine import Answer, Engine, Unavailable, name_of
+from stitchable.serving.images import TooLarge
+from stitchable.serving.wishes import Wishes
+
+T = TypeVar("T")
+
+
+class Label(BaseModel):
+    """A class and its score."""
+
+    label: str
+    score: float = Field(description="All classes sum to 1.")
+
+
+class Classification(BaseModel):
+    """The answer to an image."""
+
+    labels: list[Label] = Field(description="The best first.")
+    ran: str = Field(description='What ran, such as "stitch 24" or "cascade 0".')
+    stitch_id: int = Field(description="The stitch whose answer this is: of a cascade the last stage that was reached.")
+    accuracy: float = Field(description="As measured of what ran.")
+    flops: int = Field(description="Multiply-adds plus normalisation terms spent on this image.")
+    queue_ms: float = Field(description="From the body until the batch began, decoding included.")
+    run_ms: float = Field(description="Of the batch.")
+    batch_size: int
+    in_time: bool = Field(description="Whether it was there by its deadline.")
+
+
+class Choosable(BaseModel):
+    """A stitch or cascade that can run."""
+
+    name: str
+    kind: str
+    id: int
+    accuracy: float
+    flops: int
+    latency_ms: float = Field(description="Of one image, as predicted and corrected by what is observed.")
+    on_front: bool = Field(description="Whether no other is both quicker and more accurate.")
+
+
+class Target(BaseModel):
+    """What the server holds."""
+
+    slo_ms: float = Field(gt=0, allow_inf_nan=False)
+
+
+class Status(BaseModel):
+    """What the live page shows."""
+
+    title: str
+    slo_ms: float
+    least_slo_ms: float
+    queue_length: int
+    slowdown: float
+    last_minute: dict[str, Any]
+
+
+def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        engine: not started; it starts and drains with the application.
+        title: what to call the model.
+        token: that /v1, /hub and /metrics ask for as "Authorization: Bearer TOKEN"; None for nothing.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await engine.drain()
+
+    app = FastAPI(title=f"stitchable: {title}", version=stitchable.__version__, lifespan=lifespan)
+    guarded = [Depends(_guard(token))] if token else []
+    inbox = Inbox()
+    names = class_names(engine)
+
+    @app.exception_handler(HTTPException)
+    async def explain(_: Request, error: HTTPException) -> JSONResponse:
+        said = {"detail": error.detail, "error": error.detail}  # as FastAPI calls it, and the Hub's clients
+        return JSONResponse(said, error.status_code, error.headers)
+
+    async def answer(request: Request) -> tuple[Answer, list[Label]]:
+        try:
+            async with inbox.body(request) as body:
+                content, options = await unpack(request.headers, body)
+                wishes = Wishes.read({**request.query_params, **options})
+                work = engine.classify(content, wishes.seconds, wishes.permits(engine))
+                found = await _unless_gone(request, work)
+        except Unavailable as error:
+            raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
+        except TooLarge as error:
+            raise HTTPException(413, str(error)) from error
+        except WrongType as error:
+            raise HTTPException(415, str(error)) from error
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        except RuntimeError as error:  # of the device
+            raise HTTPException(500, str(error)) from error
+        except ClientDisconnect as error:
+            raise HTTPException(499, "the client hung up") from error  # which nobody hears
+        best = nlargest(wishes.top_k, range(len(names)), found.scores.__getitem__)
+        return found, [Label(label=names[i], score=found.scores[i]) for i in best]
+
+    @app.post("/v1/classify", dependencies=guarded, responses=_ERRORS, openapi_extra=_BODY)
+    async def classify(request: Request) -> Classification:
+        """Classify an image: its bytes, a form with a file "image", or JSON with "image" in base64."""
+        found, labels = await answer(request)
+        return Classification(
+            labels=labels,
+            ran=name_of(found.choice),
+            stitch_id=found.stitch_id,
+            accuracy=found.choice.accuracy,
+            flops=found.flops,
+            queue_ms=1e3 * found.queue_seconds,
+            run_ms=1e3 * found.run_seconds,
+            batch_size=found.size,
+            in_time=found.in_time,
+        )
+
+    @app.post("/hub", dependencies=guarded, responses=_ERRORS)
+    async def hub(request: Request, response: Response) -> list[Label]:
+        """For `huggingface_hub.InferenceClient(model="http://.../hub").image_classification(...)`."""
+        found, labels = await answer(request)
+        response.headers["X-Stitchable-Ran"] = name_of(found.choice)
+        response.headers["X-Stitchable-Stitch"] = str(found.stitch_id)
+        response.headers["X-Stitchable-Run-Ms"] = f"{1e3 * found.run_seconds:.3f}"
+        response.headers["X-Stitchable-Queue-Ms"] = f"{1e3 * found.queue_seconds:.3f}"
+        return labels
+
+    @app.get("/v1/stitches", dependencies=guarded)
+    async def stitches() -> list[Choosable]:
+        """Every stitch and cascade that can run."""
+        front = front_of(engine.policy.choices)
+        return [
+            Choosable(
+                name=name_of(choice),
+                kind=choice.kind,
+                id=choice.id,
+                accuracy=choice.accuracy,
+                flops=choice.flops,
+                latency_ms=1e3 * choice.seconds(1) * engine.policy.scale,
+                on_front=choice in front,
+            )
+            for choice in engine.policy.choices
+        ]
+
+    @app.get("/v1/status", dependencies=guarded)
+    async def status() -> Status:
+        """Load, what answered, and attainment over the last minute."""
+        return Status(
+            title=title,
+            slo_ms=1e3 * engine.policy.target,
+            least_slo_ms=1e3 * engine.quickest()[1],
+            queue_length=engine.queue_length,
+            slowdown=engine.policy.scale,
+            last_minute=engine.statistics.last_minute(),
+        )
+
+    @app.put("/v1/target", dependencies=guarded, responses=_ERRORS)
+    async def set_target(target: Target) -> Target:
+        """Change the target of requests that bring none."""
+        try:
+            engine.check_target(target.slo_ms / 1e3)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        engine.policy.target = target.slo_ms / 1e3
+        return target
+
+    @app.get("/metrics", dependencies=guarded, response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        engine.statistics.queue.set(engine.queue_length)
+        return Response(engine.statistics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the process lives."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Whether requests are taken."""
+        return JSONResponse({"ready": engine.is_ready}, 200 if engine.is_ready else 503)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> str:
+        return files("stitchable.serving").joinpath("page.html").read_text(encoding="utf-8")
+
+    return app
+
+
+def class_names(engine: Engine) -> list[str]:
+    """The classes in order."""
+    labels = engine.model.config.id2label or {}
+    return [labels[number] for number in sorted(labels)]
+
+
+def _guard(token: str) -> Any:
+    """A dependency that asks for the token, compared in constant time."""
+
+    def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> None:
+        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+            raise HTTPException(401, "this server asks for a bearer token", {"WWW-Authenticate": "Bearer"})
+
+    return check
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which is given up where the client hangs up."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "No image, or options that cannot be met; `detail` says why."},
+    401: {"description": "No token, or a wrong one."},
+    413: {"description": "Too many bytes or pixels."},
+    415: {"description": "A content type that holds no image."},
+    503: {"description": "It cannot be answered in time, or the queue is full."},
+}
+_OPTIONS = Wishes.model_json_schema()["properties"]
+_IN_BASE64 = {"type": "string", "format": "byte"}
+_IN_BYTES = {"type": "string", "format": "binary"}
+
+
+def _holding(image: dict[str, str]) -> dict[str, Any]:
+    schema = {"type": "object", "required": ["image"], "properties": {"image": image, **_OPTIONS}}
+    return {"schema": schema}
+
+
+_BODY = {
+    "parameters": [{"name": name, "in": "query", "schema": schema} for name, schema in _OPTIONS.items()],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": _IN_BYTES},
+            "multipart/form-data": _holding(_IN_BYTES),
+            "application/json": _holding(_IN_BASE64),
+        },
+    },
+}
+"""Of the OpenAPI page: FastAPI cannot see it, because the body is read by kind."""

@@ -54,6 +54,7 @@ class Choosable(BaseModel):
     accuracy: float
     flops: int
     latency_ms: float = Field(description="Of one image, as predicted and corrected by what is observed.")
+    per_image_ms: float = Field(description="Of each further image of a batch, likewise.")
     on_front: bool = Field(description="Whether no other is both quicker and more accurate.")
 
 
@@ -159,6 +160,7 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
                 accuracy=choice.accuracy,
                 flops=choice.flops,
                 latency_ms=1e3 * choice.seconds(1) * engine.policy.scale,
+                per_image_ms=1e3 * choice.per_image * engine.policy.scale,
                 on_front=choice in front,
             )
             for choice in engine.policy.choices

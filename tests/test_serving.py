@@ -2,9 +2,14 @@
 
 import base64
 import io
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,15 +23,19 @@ from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import BadRequestError
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
 from families import make
 from odd_images import broken, picture, readable
+from stitchable.card import Card
 from stitchable.processing import image_processor
+from stitchable.publishing import save_repository
 from stitchable.serving import bodies, server, statistics
 from stitchable.serving.engine import Engine
 from stitchable.serving.http import create_app
 from stitchable.serving.images import MAX_BYTES, decode, reader
 from stitchable.serving.statistics import Statistics
+from stitchable_cli import app
 
 LONG = 60.0  # seconds: a target that no machine misses
 PNG = {"Content-Type": "image/png"}
@@ -487,3 +496,62 @@ def test_the_last_minute_is_the_last_minute(monkeypatch) -> None:
     now = 9999.0
     assert counts.last_minute()["attainment"] is None
     assert len(counts.last_minute()["requests_per_second"]) == 60
+
+
+def save(model, folder: Path) -> Path:
+    save_repository(model, folder, image_processor(model.config, crop_pct=1.0), Card("tiny", "noise"))
+    return folder
+
+
+def test_the_command_says_what_is_wrong_before_it_serves(tmp_path) -> None:
+    unmeasured = save(make("vit"), tmp_path / "unmeasured")
+    with server.bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            ((str(unmeasured), "--port", "0"), "has a measured accuracy"),
+            ((str(unmeasured), "--port", port), f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+            ((str(unmeasured), "--slo-ms", "0"), "--slo-ms must be above 0"),
+            (("no-such-folder", "--port", "0"), "find"),
+            ((str(unmeasured), "--port", "0", "--device", "abacus"), "abacus"),
+        ):
+            result = CliRunner().invoke(app, ["serve", *arguments])
+            assert result.exit_code == 1, arguments
+            assert message in result.stderr
+            assert "Traceback" not in result.output
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_sigterm_and_answers_what_it_accepted(tmp_path) -> None:
+    folder = save(measured_model(), tmp_path / "tiny")
+    command = [sys.executable, "-W", "ignore", "-m", "stitchable_cli", "serve", str(folder), "--port", "0"]
+    command += ["--slo-ms", "20000", "--threads", "1"]
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert re.fullmatch(r"tiny: 9 choices, target 20000 ms, http://127\.0\.0\.1:\d+\n", line), line
+    url = line.split()[-1]
+    statuses: Counter[str] = Counter()
+
+    def ask() -> None:
+        with httpx.Client(base_url=url, timeout=LONG, trust_env=False) as client:
+            while True:
+                try:
+                    statuses[str(client.post("/v1/classify", content=noise(0)).status_code)] += 1
+                except httpx.ConnectError:  # it has stopped to listen
+                    return
+                except httpx.RemoteProtocolError:  # it closed an idle connection on which a request was under way
+                    statuses["closed"] += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask) for _ in range(8)]
+        wait_for(lambda: statuses["200"] > 100)
+        process.send_signal(signal.SIGTERM)
+        for each in asking:
+            each.result()
+    process.wait(LONG)
+    process.stdout.close()
+    assert statuses["closed"] <= 8
+    assert set(statuses) <= {"200", "closed"}
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")

@@ -93,7 +93,7 @@ def prepare_resnets(given: argparse.Namespace) -> None:
     save_repository(
         model, given.folder / "cifar10_resnets", image_processor(model.config, crop_pct=1.0), Card("cifar10_resnets")
     )
-    (given.folder / "labels.json").write_text(json.dumps(sent["label"]), encoding="utf-8")
+    (given.folder / "labels.json").write_text(json.dumps(list(sent["label"])), encoding="utf-8")
 
 
 def prepare_deit(folder: Path) -> None:

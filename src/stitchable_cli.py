@@ -494,6 +494,8 @@ def serve(
         str | None, typer.Option(envvar="STITCHABLE_TOKEN", help="Bearer token that requests must bring.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of a CPU; PyTorch's default if left out.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="On Ray Serve; --device cuda is then a GPU per replica.")] = False,
+    replicas: Annotated[str, typer.Option(help="With --ray: how many, or auto.")] = "1",
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -509,6 +511,9 @@ def serve(
 
     if slo_ms <= 0:
         raise ValueError(f"--slo-ms must be above 0, got {slo_ms:g}")
+    if ray:
+        _serve_on_ray(model, slo_ms, host, port, token, threads, replicas, device, trust_remote_code)
+        return
     with server.bind(host, port) as bound:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -560,6 +565,36 @@ def simulate(
     else:
         typer.echo(f"{len(arrivals)} requests in {arrivals[-1]:.0f} s, target {slo_ms:g} ms")
         typer.echo(comparison.to_text(outcomes))
+
+
+def _serve_on_ray(
+    model: str,
+    slo_ms: float,
+    host: str,
+    port: int,
+    token: str | None,
+    threads: int | None,
+    replicas: str,
+    device: str,
+    trust_remote_code: bool,
+) -> None:
+    if replicas != "auto" and not (replicas.isdecimal() and int(replicas)):
+        raise ValueError(f"--replicas must be a number from 1 on, or auto, got {replicas!r}")
+    try:
+        from stitchable.serving import ray
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--ray needs {error.name}: pip install 'stitchable[ray]'") from error
+    arguments = ray.Arguments(
+        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        slo_ms=slo_ms,
+        num_replicas="auto" if replicas == "auto" else int(replicas),
+        num_gpus=float(device.startswith("cuda")),
+        threads=threads,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(f"{model}: {replicas} replicas, target {slo_ms:g} ms, http://{host}:{port}")
+    ray.run(arguments, host, port)
 
 
 def _batches(*arguments: Any, **options: Any) -> Any:

@@ -512,6 +512,8 @@ def test_the_command_says_what_is_wrong_before_it_serves(tmp_path) -> None:
             ((str(unmeasured), "--port", "0"), "has a measured accuracy"),
             ((str(unmeasured), "--port", port), f"cannot listen on 127.0.0.1:{port}: Address already in use"),
             ((str(unmeasured), "--slo-ms", "0"), "--slo-ms must be above 0"),
+            ((str(unmeasured), "--ray", "--replicas", "0"), "--replicas must be a number from 1 on, or auto"),
+            ((str(unmeasured), "--ray", "--replicas", "many"), "--replicas must be a number from 1 on, or auto"),
             (("no-such-folder", "--port", "0"), "find"),
             ((str(unmeasured), "--port", "0", "--device", "abacus"), "abacus"),
         ):

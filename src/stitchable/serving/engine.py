@@ -20,6 +20,7 @@ from stitchable.serving.policy import Choice, Plan, Policy, Request
 from stitchable.serving.statistics import Statistics
 
 _DECODERS = 2  # threads
+_now = time.perf_counter  # a loop's own time may be of whole milliseconds (uvloop)
 
 
 class Unavailable(Exception):
@@ -106,6 +107,11 @@ class Engine:
         """Whether requests are taken."""
         return self._loop is not None and not self._loop.done() and not self._stopping
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the loop has ended by a fault of ours."""
+        return self._loop is not None and self._loop.done() and not self._stopping
+
     def quickest(self, permits: Callable[[Choice], bool] | None = None) -> tuple[Choice, float]:
         """Of the permitted choices the quickest for one image, and its seconds as they are of late."""
         permitted = [choice for choice in self.policy.choices if permits is None or permits(choice)]
@@ -153,7 +159,7 @@ class Engine:
             Unavailable: it cannot be answered in time, or too many wait already.
         """
         loop = asyncio.get_running_loop()
-        arrived = loop.time()
+        arrived = _now()
         if self._stopping:
             raise Unavailable("this server is stopping")
         if self._inside >= self.policy.max_queue:
@@ -176,10 +182,9 @@ class Engine:
             self._wake.set()  # whoever drains waits for the last one
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._inside or not self._stopping:
             self._queue = [waiting for waiting in self._queue if not waiting.answer.done()]  # some clients hung up
-            plan = self.policy.decide([waiting.request for waiting in self._queue], loop.time())
+            plan = self.policy.decide([waiting.request for waiting in self._queue], _now())
             for place in reversed(plan.shed):
                 self._shed(self._queue.pop(place))
             if plan.choice is None:
@@ -192,7 +197,7 @@ class Engine:
 
     async def _answer(self, batch: Sequence[_Waiting], plan: Plan, choice: Choice) -> None:
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = _now()
         images = [waiting.pixel_values for waiting in batch]
         try:
             rows = await loop.run_in_executor(self._device, self._forward, images, choice)
@@ -202,7 +207,7 @@ class Engine:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(RuntimeError(f"{name_of(choice)} failed: {error}"))
             return
-        now = loop.time()
+        now = _now()
         self.policy.observe(plan, now - began)
         self.statistics.batches.labels(name_of(choice)).inc()
         self.statistics.ran.observe(now - began)
@@ -248,9 +253,9 @@ class Engine:
                 if choice.seconds(size) > self.policy.target:
                     continue
                 for _ in range(2):
-                    began = time.perf_counter()
+                    began = _now()
                     self._device.submit(self._forward, [pixel_values] * size, choice).result()
-                    taken = time.perf_counter() - began
+                    taken = _now() - began
                 self.policy.observe(Plan([], choice, size, choice.seconds(size)), taken)
 
 

@@ -107,18 +107,8 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
                 wishes = Wishes.read({**request.query_params, **options})
                 work = engine.classify(content, wishes.seconds, wishes.permits(engine))
                 found = await _unless_gone(request, work)
-        except Unavailable as error:
-            raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
-        except TooLarge as error:
-            raise HTTPException(413, str(error)) from error
-        except WrongType as error:
-            raise HTTPException(415, str(error)) from error
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-        except RuntimeError as error:  # of the device
-            raise HTTPException(500, str(error)) from error
-        except ClientDisconnect as error:
-            raise HTTPException(499, "the client hung up") from error  # which nobody hears
+        except (ValueError, RuntimeError, Unavailable, ClientDisconnect) as error:
+            raise refusal(error) from error
         best = nlargest(wishes.top_k, range(len(names)), found.scores.__getitem__)
         return found, [Label(label=names[i], score=found.scores[i]) for i in best]
 
@@ -209,6 +199,22 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
         return files("stitchable.serving").joinpath("page.html").read_text(encoding="utf-8")
 
     return app
+
+
+_STATUSES: dict[type[Exception], int] = {
+    Unavailable: 503,
+    TooLarge: 413,
+    WrongType: 415,
+    ClientDisconnect: 499,  # which nobody hears
+    ValueError: 400,
+    RuntimeError: 500,  # of the device
+}
+
+
+def refusal(error: Exception) -> HTTPException:
+    """How HTTP says what went wrong with a request."""
+    status = next(status for kind, status in _STATUSES.items() if isinstance(error, kind))
+    return HTTPException(status, str(error), {"Retry-After": "1"} if status == 503 else None)
 
 
 def class_names(engine: Engine) -> list[str]:

@@ -47,6 +47,7 @@ def make_server(app: FastAPI) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             app,
+            loop="asyncio",
             http=ImpatientProtocol,
             ws="none",
             access_log=False,

@@ -55,6 +55,7 @@ FINDS: dict[str, list[str]] = {
     "docs/families.md": ["digit_mixer.py"],
     "docs/index.md": ["runs/digits", "photos"],
     "docs/publish.md": ["photos"],
+    "docs/serve.md": ["runs/digits"],
     "docs/training.md": ["training", "photos"],
 }
 """What the reader of a page has: the demo's checkpoint (its figures are those of its card, its weights random), a model

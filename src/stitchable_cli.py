@@ -512,7 +512,8 @@ def serve(
     if slo_ms <= 0:
         raise ValueError(f"--slo-ms must be above 0, got {slo_ms:g}")
     if ray:
-        _serve_on_ray(model, slo_ms, host, port, token, threads, replicas, device, trust_remote_code)
+        common = {"slo_ms": slo_ms, "token": token, "threads": threads, "trust_remote_code": trust_remote_code}
+        _serve_on_ray(model, host, port, replicas, num_gpus=float(device.startswith("cuda")), **common)
         return
     with server.bind(host, port) as bound:
         if threads is not None:
@@ -567,34 +568,17 @@ def simulate(
         typer.echo(comparison.to_text(outcomes))
 
 
-def _serve_on_ray(
-    model: str,
-    slo_ms: float,
-    host: str,
-    port: int,
-    token: str | None,
-    threads: int | None,
-    replicas: str,
-    device: str,
-    trust_remote_code: bool,
-) -> None:
+def _serve_on_ray(model: str, host: str, port: int, replicas: str, **arguments: Any) -> None:
     if replicas != "auto" and not (replicas.isdecimal() and int(replicas)):
         raise ValueError(f"--replicas must be a number from 1 on, or auto, got {replicas!r}")
     try:
         from stitchable.serving import ray
     except ModuleNotFoundError as error:
         raise ImportError(f"--ray needs {error.name}: pip install 'stitchable[ray]'") from error
-    arguments = ray.Arguments(
-        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
-        slo_ms=slo_ms,
-        num_replicas="auto" if replicas == "auto" else int(replicas),
-        num_gpus=float(device.startswith("cuda")),
-        threads=threads,
-        token=token,
-        trust_remote_code=trust_remote_code,
-    )
-    typer.echo(f"{model}: {replicas} replicas, target {slo_ms:g} ms, http://{host}:{port}")
-    ray.run(arguments, host, port)
+    source = str(Path(model).resolve()) if Path(model).is_dir() else model
+    number = "auto" if replicas == "auto" else int(replicas)
+    typer.echo(f"{model}: {replicas} replicas, target {arguments['slo_ms']:g} ms, http://{host}:{port}")
+    ray.run(ray.Arguments(model=source, num_replicas=number, **arguments), host, port)
 
 
 def _batches(*arguments: Any, **options: Any) -> Any:

@@ -385,8 +385,8 @@ def test_a_client_that_hangs_up_is_not_computed_for(served) -> None:
 
 def test_connections_that_send_nothing_do_not_block_others(served, monkeypatch) -> None:
     monkeypatch.setattr(server, "IDLE_SECONDS", 0.5)
-    silent = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(200)]
-    for connection in silent[:100]:
+    silent = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(1000)]
+    for connection in silent[:500]:
         connection.sendall(b"POST /v1/classify HTTP/1.1\r\n")  # and no more
     check(served.client.post("/v1/classify", content=noise(0)), served, noise(0))
     for connection in silent:

@@ -8,10 +8,9 @@ from heapq import nlargest
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
 import stitchable
@@ -19,60 +18,10 @@ from stitchable.serving.bodies import Inbox, WrongType, unpack
 from stitchable.serving.choices import front_of
 from stitchable.serving.engine import Answer, Engine, Unavailable, name_of
 from stitchable.serving.images import TooLarge
+from stitchable.serving.schemas import BODY, ERRORS, Choosable, Classification, Label, Status, Target
 from stitchable.serving.wishes import Wishes
 
 T = TypeVar("T")
-
-
-class Label(BaseModel):
-    """A class and its score."""
-
-    label: str
-    score: float = Field(description="All classes sum to 1.")
-
-
-class Classification(BaseModel):
-    """The answer to an image."""
-
-    labels: list[Label] = Field(description="The best first.")
-    ran: str = Field(description='What ran, such as "stitch 24" or "cascade 0".')
-    stitch_id: int = Field(description="The stitch whose answer this is: of a cascade the last stage that was reached.")
-    accuracy: float = Field(description="As measured of what ran.")
-    flops: int = Field(description="Multiply-adds plus normalisation terms spent on this image.")
-    queue_ms: float = Field(description="From the body until the batch began, decoding included.")
-    run_ms: float = Field(description="Of the batch.")
-    batch_size: int
-    in_time: bool = Field(description="Whether it was there by its deadline.")
-
-
-class Choosable(BaseModel):
-    """A stitch or cascade that can run."""
-
-    name: str
-    kind: str
-    id: int
-    accuracy: float
-    flops: int
-    latency_ms: float = Field(description="Of one image, as predicted and corrected by what is observed.")
-    per_image_ms: float = Field(description="Of each further image of a batch, likewise.")
-    on_front: bool = Field(description="Whether no other is both quicker and more accurate.")
-
-
-class Target(BaseModel):
-    """What the server holds."""
-
-    slo_ms: float = Field(gt=0, allow_inf_nan=False)
-
-
-class Status(BaseModel):
-    """What the live page shows."""
-
-    title: str
-    slo_ms: float
-    least_slo_ms: float
-    queue_length: int
-    slowdown: float
-    last_minute: dict[str, Any]
 
 
 def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
@@ -91,14 +40,23 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
         await engine.drain()
 
     app = FastAPI(title=f"stitchable: {title}", version=stitchable.__version__, lifespan=lifespan)
-    guarded = [Depends(_guard(token))] if token else []
-    inbox = Inbox()
-    names = class_names(engine)
+    guarded = APIRouter(dependencies=[Depends(_guard(token))] if token else [], responses=ERRORS)
+    _add_classification(guarded, engine)
+    _add_information(guarded, engine, title)
+    _add_health(app, engine)
+    app.include_router(guarded)
 
     @app.exception_handler(HTTPException)
     async def explain(_: Request, error: HTTPException) -> JSONResponse:
         said = {"detail": error.detail, "error": error.detail}  # as FastAPI calls it, and the Hub's clients
         return JSONResponse(said, error.status_code, error.headers)
+
+    return app
+
+
+def _add_classification(app: APIRouter, engine: Engine) -> None:
+    inbox = Inbox()
+    names = class_names(engine)
 
     async def answer(request: Request) -> tuple[Answer, list[Label]]:
         try:
@@ -112,7 +70,7 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
         best = nlargest(wishes.top_k, range(len(names)), found.scores.__getitem__)
         return found, [Label(label=names[i], score=found.scores[i]) for i in best]
 
-    @app.post("/v1/classify", dependencies=guarded, responses=_ERRORS, openapi_extra=_BODY)
+    @app.post("/v1/classify", openapi_extra=BODY)
     async def classify(request: Request) -> Classification:
         """Classify an image: its bytes, a form with a file "image", or JSON with "image" in base64."""
         found, labels = await answer(request)
@@ -128,7 +86,7 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
             in_time=found.in_time,
         )
 
-    @app.post("/hub", dependencies=guarded, responses=_ERRORS)
+    @app.post("/hub")
     async def hub(request: Request, response: Response) -> list[Label]:
         """For `huggingface_hub.InferenceClient(model="http://.../hub").image_classification(...)`."""
         found, labels = await answer(request)
@@ -138,7 +96,9 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
         response.headers["X-Stitchable-Queue-Ms"] = f"{1e3 * found.queue_seconds:.3f}"
         return labels
 
-    @app.get("/v1/stitches", dependencies=guarded)
+
+def _add_information(app: APIRouter, engine: Engine, title: str) -> None:
+    @app.get("/v1/stitches")
     async def stitches() -> list[Choosable]:
         """Every stitch and cascade that can run."""
         front = front_of(engine.policy.choices)
@@ -156,7 +116,7 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
             for choice in engine.policy.choices
         ]
 
-    @app.get("/v1/status", dependencies=guarded)
+    @app.get("/v1/status")
     async def status() -> Status:
         """Load, what answered, and attainment over the last minute."""
         return Status(
@@ -168,7 +128,7 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
             last_minute=engine.statistics.last_minute(),
         )
 
-    @app.put("/v1/target", dependencies=guarded, responses=_ERRORS)
+    @app.put("/v1/target")
     async def set_target(target: Target) -> Target:
         """Change the target of requests that bring none."""
         try:
@@ -178,12 +138,14 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
         engine.policy.target = target.slo_ms / 1e3
         return target
 
-    @app.get("/metrics", dependencies=guarded, response_class=Response)
+    @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """For Prometheus."""
         engine.statistics.queue.set(engine.queue_length)
         return Response(engine.statistics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+
+def _add_health(app: FastAPI, engine: Engine) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether the process lives."""
@@ -197,8 +159,6 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return files("stitchable.serving").joinpath("page.html").read_text(encoding="utf-8")
-
-    return app
 
 
 _STATUSES: dict[type[Exception], int] = {
@@ -249,34 +209,3 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         gone.cancel()
         task.cancel()
-
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "No image, or options that cannot be met; `detail` says why."},
-    401: {"description": "No token, or a wrong one."},
-    413: {"description": "Too many bytes or pixels."},
-    415: {"description": "A content type that holds no image."},
-    503: {"description": "It cannot be answered in time, or the queue is full."},
-}
-_OPTIONS = Wishes.model_json_schema()["properties"]
-_IN_BASE64 = {"type": "string", "format": "byte"}
-_IN_BYTES = {"type": "string", "format": "binary"}
-
-
-def _holding(image: dict[str, str]) -> dict[str, Any]:
-    schema = {"type": "object", "required": ["image"], "properties": {"image": image, **_OPTIONS}}
-    return {"schema": schema}
-
-
-_BODY = {
-    "parameters": [{"name": name, "in": "query", "schema": schema} for name, schema in _OPTIONS.items()],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/*": {"schema": _IN_BYTES},
-            "multipart/form-data": _holding(_IN_BYTES),
-            "application/json": _holding(_IN_BASE64),
-        },
-    },
-}
-"""Of the OpenAPI page: FastAPI cannot see it, because the body is read by kind."""

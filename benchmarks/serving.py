@@ -137,15 +137,17 @@ def served(folder: Path, slo_ms: float = 10_000) -> Iterator[tuple[httpx.Client,
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
-        with httpx.Client(base_url=line.split()[-1], timeout=60, trust_env=False) as client:
-            for _ in range(200):
-                with contextlib.suppress(httpx.ConnectError):
-                    client.get("/readyz").raise_for_status()
-                    break
-                time.sleep(0.05)
-            yield client, process.pid
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            with httpx.Client(base_url=line.split()[-1], timeout=60, trust_env=False) as client:
+                for _ in range(200):
+                    with contextlib.suppress(httpx.ConnectError):
+                        client.get("/readyz").raise_for_status()
+                        break
+                    time.sleep(0.05)
+                yield client, process.pid
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
 
 
 def send(
@@ -258,7 +260,7 @@ def measure_overhead(
     model = StitchableForImageClassification.from_pretrained(folder / name, trust_remote_code=True).eval()
     pixel_values = torch.randn(1, 3, *model.config.image_size)
     content = (folder / "images" / "0.png").read_bytes()
-    path = f"/v1/classify?stitch_id={stitch_id}"
+    path = f"/v1/classify?slo_ms=10000&stitch_id={stitch_id}"
     seconds: dict[str, list[float]] = {"request_ms": [], "run_ms": [], "model_ms": []}
     with torch.inference_mode():
         for _ in range(num_runs):

@@ -29,7 +29,9 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: the port is in use, or the address is not one of this machine.
     """
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # By the name of its protocol asyncio knows that it may turn Nagle's algorithm off, which costs 40 ms per answer.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a server that has just ended
         bound.bind((host, port))

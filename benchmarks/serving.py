@@ -200,7 +200,7 @@ def measure(given: argparse.Namespace, name: str, soak: bool = True) -> dict[str
         slo_ms = TARGET * before[largest]["latency_ms"]
         client.put("/v1/target", json={"slo_ms": slo_ms}).raise_for_status()
         overhead = {str(i): measure_overhead(client, folder, name, i) for i in (smallest, largest)}
-        # So that the smallest anchor in batches of 8, and the HTTP of each request, can carry bursts of 5 times the mean.
+        # So that the smallest anchor in batches of 8, with the HTTP of each request, can carry 5 times the mean.
         row = before[smallest]
         alone = row["latency_ms"] - row["per_image_ms"]
         rate = 1e3 / (6 * (row["per_image_ms"] + alone / 8 + overhead[str(smallest)]["overhead_ms"]))

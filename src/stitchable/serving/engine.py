@@ -20,6 +20,7 @@ from stitchable.serving.policy import Choice, Plan, Policy, Request
 from stitchable.serving.statistics import Statistics
 
 _DECODERS = 2  # threads
+_WAY = 0.002  # seconds that a request and its answer spend in HTTP, which are the deadline's too
 _now = time.perf_counter  # a loop's own time may be of whole milliseconds (uvloop)
 
 
@@ -55,6 +56,7 @@ class Answer(NamedTuple):
 class _Waiting:
     request: Request
     arrived: float
+    deadline: float
     pixel_values: torch.Tensor
     answer: "asyncio.Future[Answer]"
 
@@ -113,10 +115,10 @@ class Engine:
         return self._loop is not None and self._loop.done() and not self._stopping
 
     def quickest(self, permits: Callable[[Choice], bool] | None = None) -> tuple[Choice, float]:
-        """Of the permitted choices the quickest for one image, and its seconds as they are of late."""
+        """Of the permitted choices the quickest for one image, and its seconds as they are of late, with HTTP."""
         permitted = [choice for choice in self.policy.choices if permits is None or permits(choice)]
         choice = min(permitted, key=lambda choice: choice.bound(1))
-        return choice, choice.bound(1) * self.policy.scale
+        return choice, choice.bound(1) * self.policy.scale + _WAY
 
     def check_target(self, seconds: float, permits: Callable[[Choice], bool] | None = None) -> None:
         """Refuse a target that even the quickest of the permitted choices misses on an idle device.
@@ -166,11 +168,12 @@ class Engine:
             self.statistics.ended("refused")
             raise Unavailable(f"the queue is full: {self._inside} requests wait")
         self.policy.arrived(arrived)
-        request = self.policy.request(arrived + (self.policy.target if seconds is None else seconds), permits)
+        deadline = arrived + (self.policy.target if seconds is None else seconds)
+        request = self.policy.request(deadline - _WAY, permits)
         self._inside += 1
         try:
             pixel_values = await loop.run_in_executor(self._decoders, self.read, content)
-            waiting = _Waiting(request, arrived, pixel_values, loop.create_future())
+            waiting = _Waiting(request, arrived, deadline, pixel_values, loop.create_future())
             insort(self._queue, waiting, key=lambda other: other.request.deadline)
             self._wake.set()
             return await waiting.answer
@@ -215,7 +218,7 @@ class Engine:
         for waiting, (scores, stitch_id, flops) in zip(batch, rows, strict=True):
             if waiting.answer.done():
                 continue
-            in_time = now <= waiting.request.deadline
+            in_time = now <= waiting.deadline
             self.statistics.ended("in_time" if in_time else "late", name_of(choice), choice.accuracy)
             self.statistics.latency.observe(now - waiting.arrived)
             self.statistics.waited.observe(began - waiting.arrived)
@@ -225,7 +228,7 @@ class Engine:
 
     def _shed(self, waiting: _Waiting) -> None:
         self.statistics.ended("shed")
-        target = 1e3 * (waiting.request.deadline - waiting.arrived)
+        target = 1e3 * (waiting.deadline - waiting.arrived)
         waiting.answer.set_exception(
             Unavailable(f"too many requests: this one cannot be answered within {target:g} ms")
         )

@@ -164,7 +164,7 @@ def test_the_choices_of_a_model_are_its_measured_stitches_on_this_device(caplog)
         stitch = model.stitches[choice.id]
         assert (choice.accuracy, choice.flops) == (stitch.metrics["accuracy"], stitch.flops)
         assert choice.per_image > 0
-        assert choice.seconds(1) == pytest.approx(stitch.latency_ms / 1e3, abs=1e-5)
+        assert choice.seconds(1) == pytest.approx(stitch.latency_ms / 1e3, rel=0.2)  # a line fits both sizes nearly
     front = front_of(choices)
     assert [choice.accuracy for choice in front] == sorted({choice.accuracy for choice in front})
     assert "latencies are of" not in caplog.text

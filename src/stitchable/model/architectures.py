@@ -56,7 +56,8 @@ def create_model(
         raise ValueError(f"the kwargs of {architecture!r} cannot hold {name!r}: they are arguments of its constructor")
     for name, value in kwargs.items():
         if not _is_json(value):
-            raise ValueError(f"the kwargs of {architecture!r} are kept in config.json, but {name} is {value!r:.80}")
+            kept = f"the kwargs of {architecture!r} are kept in config.json, but {name} is {value!r:.80}"
+            raise ValueError(f"{kept}; give a finite number, text, None, or a list or mapping of them")
     if own_class is not None and own_class not in OWN_CLASSES:
         raise ValueError(f"{architecture!r} is made by {own_class}, which this process has not registered")
     if own_class is None and not timm.is_model(architecture):

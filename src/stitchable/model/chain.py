@@ -1,4 +1,4 @@
-"""A classifier run as a chain: stem, L blocks, neck, head; usually one of timm's (https://github.com/huggingface/pytorch-image-models).
+"""A classifier run as a chain: stem, L blocks, neck, head; usually one of timm's.
 
 The layers themselves, their parameter names and their arithmetic stay the model's. Which of them are the stem, which a
 block, is said by the description in config.json, by name.

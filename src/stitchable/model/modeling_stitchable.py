@@ -206,7 +206,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if (stitch_id is None) == (cascade is None):
             raise ValueError(f"using(...) takes a stitch_id or a cascade, got {stitch_id!r} and {cascade!r}")
         try:
-            yield self.set_stitch(stitch_id) if stitch_id is not None else self.set_cascade(cascade)  # type: ignore[arg-type]
+            choose: Callable[..., Choice] = self.set_cascade if stitch_id is None else self.set_stitch
+            yield choose(cascade if stitch_id is None else stitch_id)
         finally:
             self.config.stitch_id, self.config.cascade_id = before
 

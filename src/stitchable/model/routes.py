@@ -288,7 +288,7 @@ def check_stitches(stitches: Sequence[Stitch], depths: Sequence[int]) -> None:
             end that is not the anchor's, or a stitching layer that does not join its two anchors.
     """
     if not stitches:
-        raise ValueError("the config has no stitch; a stitchable model needs at least one")
+        raise ValueError("stitches: the config has no stitch; a stitchable model needs at least one")
     ids: set[int] = set()
     for index, stitch in enumerate(stitches):
         if stitch.id in ids:

@@ -1,18 +1,18 @@
 """What a server can choose between: each measured stitch and cascade of a model, with its latency on this device."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers.utils import logging
 
 from stitchable.latency import calibrate
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
-from stitchable.model.routes import Stitch
+from stitchable.model.routes import Cascade, Stitch
 from stitchable.serving.policy import Choice
-from stitchable.throughput import describe_device
+from stitchable.timing import describe_device
 
 logger = logging.get_logger(__name__)
-_SECOND_SIZE = 8  # images of the larger of the two batches that a line is drawn through
+_SIZES = (1, 8)  # images of the batches that a line is drawn through
 _RUNS = 8
 
 
@@ -40,25 +40,23 @@ def choices_of(model: StitchableForImageClassification) -> list[Choice]:
         Choice("stitch", stitch.id, stitch.metrics["accuracy"], stitch.flops or 0, *lines[stitch.id])
         for stitch in measured
     ]
-    cascades = getattr(model, "cascades", ())  # of models that have some
+    cascades = [cascade for cascade in model.cascades if "accuracy" in cascade.metrics]
     return stitches + [_cascade(cascade, model.stitches, lines) for cascade in cascades]
 
 
 def measure_latencies(model: StitchableForImageClassification) -> dict[int, Line]:
-    """Of every stitch, predicted from the anchors' blocks timed at two batch sizes, as the model will run."""
+    """Of every stitch: what the checkpoint has for this device, or else predicted from its blocks timed here."""
     here, there = describe_device(model), getattr(model.config, "latency", None) or {}
-    if there and any(there.get(name) != here[name] for name in ("device", "threads", "dtype")):
+    is_here = all(there.get(name) == known for name, known in here.items())
+    if there and not is_here:
         logger.warning(
             f"the checkpoint's latencies are of {there.get('device')}, {there.get('threads')} threads, "
             f"{there.get('dtype')}; measuring those of {here['device']}, {here['threads']} threads, {here['dtype']}"
         )
-    seconds = []
-    for size in (_SECOND_SIZE, 1):  # the table keeps those of one image
-        calibrate(model, batch_size=size, num_runs=_RUNS, num_verified=0)
-        seconds.append({stitch.id: (stitch.latency_ms or 0.0) / 1e3 for stitch in model.stitches})
-    many, one = seconds
-    slopes = {stitch_id: max(many[stitch_id] - one[stitch_id], 1e-6) / (_SECOND_SIZE - 1) for stitch_id in one}
-    return {stitch_id: Line(max(one[stitch_id] - slope, 0.0), slope) for stitch_id, slope in slopes.items()}
+    lines = there.get("by_batch", {}).get("milliseconds", {}) if is_here else {}
+    if not all(str(stitch.id) in lines for stitch in model.stitches):
+        lines = calibrate(model, batch_sizes=_SIZES, num_runs=_RUNS, num_verified=0)["by_batch"]["milliseconds"]
+    return {stitch.id: Line(*(max(ms, 1e-3) / 1e3 for ms in lines[str(stitch.id)])) for stitch in model.stitches}
 
 
 def front_of(choices: Sequence[Choice], size: int = 1) -> list[Choice]:
@@ -70,7 +68,7 @@ def front_of(choices: Sequence[Choice], size: int = 1) -> list[Choice]:
     return front
 
 
-def _cascade(cascade: Any, stitches: Sequence[Stitch], lines: dict[int, Line]) -> Choice:
+def _cascade(cascade: Cascade, stitches: Sequence[Stitch], lines: dict[int, Line]) -> Choice:
     """A cascade takes as long as its stages, less what they share, as often as its FLOPs say they run."""
     flops = {stitch.id: stitch.flops or 0 for stitch in stitches}
     ids = [stage.stitch for stage in cascade.stages]

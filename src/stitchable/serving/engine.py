@@ -45,7 +45,7 @@ class Answer(NamedTuple):
     scores: list[float]
     choice: Choice
     stitch_id: int
-    flops: int
+    flops: float
     size: int
     queue_seconds: float
     run_seconds: float
@@ -234,7 +234,7 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _forward(self, images: Sequence[torch.Tensor], choice: Choice) -> list[tuple[list[float], int, int]]:
+    def _forward(self, images: Sequence[torch.Tensor], choice: Choice) -> list[tuple[list[float], int, float]]:
         """Scores, stitch and FLOPs of each image."""
         x_NCHW = torch.stack(list(images)).to(self.model.device, self.model.dtype)
         if choice.kind == "stitch":

@@ -32,7 +32,7 @@ class Choice:
     kind: Literal["stitch", "cascade"]
     id: int
     accuracy: float
-    flops: int
+    flops: float
     fixed: float
     per_image: float
     worst: float = 1.0

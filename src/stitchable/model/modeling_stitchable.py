@@ -481,7 +481,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if isinstance(kwargs.get("device_map"), Mapping):
             check_device_map(kwargs["device_map"])
         if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False: the weights of a stitchable model are safetensors; leave it out")
+            raise ValueError("use_safetensors=False: the weights of a stitchable model are safetensors; convert others")
         if source is None or kwargs.get("gguf_file"):
             return super().from_pretrained(source, *args, **kwargs)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}

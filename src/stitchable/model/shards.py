@@ -96,9 +96,8 @@ def find_shards(source: str | os.PathLike, is_needed: Callable[[str], bool], **h
     whole = cached_file(source, names[0], _raise_exceptions_for_missing_entries=False, **hub)
     index = None if whole else cached_file(source, names[1], _raise_exceptions_for_missing_entries=False, **hub)
     if whole is None and index is None:
-        raise OSError(
-            f"{source} has no file named {names[0]} or {names[1]}; other weights are not read: convert them to safetensors"
-        )
+        lacking = f"{source} has no file named {names[0]} or {names[1]}"
+        raise OSError(f"{lacking}; other weights are not read: convert them to safetensors")
     weight_map = dict.fromkeys(_names_in(whole), whole) if whole else _read_index(str(index))
     wanted: dict[str, list[str]] = {}
     for name in filter(is_needed, sorted(weight_map)):

@@ -6,6 +6,7 @@ inside the commands: so help, completion and mistakes in the options are answere
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -55,9 +56,9 @@ def command(function: F) -> F:
 
 _MAKE, _LOOK, _GIVE = "Make a model", "Look at it and measure it", "Give it away"
 _PANELS = {
-    **dict.fromkeys(("build", "train", "convert", "families"), _MAKE),
-    **dict.fromkeys(("table", "plot", "eval", "cascade", "calibrate", "simulate", "app"), _LOOK),
-    **dict.fromkeys(("extract", "export", "push", "serve"), _GIVE),
+    **dict.fromkeys(("build", "make", "train", "tune", "convert", "families"), _MAKE),
+    **dict.fromkeys(("table", "plot", "eval", "select", "cascade", "calibrate", "simulate", "app"), _LOOK),
+    **dict.fromkeys(("prune", "extract", "export", "push", "serve"), _GIVE),
 }
 
 
@@ -154,6 +155,73 @@ def train(
         training.train(recipe, overrides or (), resume=resume)
     except RunStopped as error:
         raise ValueError(str(error)) from error
+
+
+@command
+def tune(
+    folder: Folder,
+    images: Annotated[str, typer.Option(help="Folder of images, or data set of the Hub.", rich_help_panel=_IMAGES)],
+    labels: Annotated[
+        bool,
+        typer.Option("--labels", help="Teach by these too; they are the model's classes.", rich_help_panel=_IMAGES),
+    ] = False,
+    split: Annotated[str | None, typer.Option(help="Of these images.", rich_help_panel=_IMAGES)] = None,
+    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "image",
+    label_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "label",
+    num_images: Annotated[int, typer.Option(help="At most, kept in memory.", rich_help_panel=_IMAGES)] = 10_000,
+    stitches: Annotated[str | None, typer.Option(help="Ids, such as 3,24; all but the anchors if left out.")] = None,
+    steps: Annotated[int, typer.Option(help="Updates of each stitch.")] = 600,
+    rank: Annotated[int, typer.Option(help="Of the updates of its stitching layers.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images of an update.")] = 128,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Make stitches better by what their back anchors say of images without labels; the anchors stay as they are.
+
+    An interrupted run goes on behind the stitches that are finished, which FOLDER-tune keeps meanwhile.
+    """
+    from stitchable.publishing import card_of, processor_of, update_repository
+
+    try:
+        from stitchable.training.own import Teaching
+        from stitchable.training.tuning import first_images
+        from stitchable.training.tuning import tune as tune_stitches
+    except ModuleNotFoundError as error:
+        raise ImportError(f"tuning needs {error.name}: pip install 'stitchable[training]'") from error
+    card_of(folder)  # refuses one that cannot be written anew before anything is taught
+    model = _to(_load(folder, trust_remote_code), device)
+    read = _batches(
+        images,
+        processor_of(model),
+        config=model.config if labels else None,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        batch_size=batch_size,
+    )
+    pixel_values, known = first_images(read, num_images)
+    work = Path(f"{folder}-tune")
+    scores = tune_stitches(
+        model,
+        pixel_values,
+        known if labels else None,
+        _numbers(stitches, "--stitches"),
+        Teaching(steps=steps, rank=rank, labels=1.0 if labels else 0.0),
+        batch_size=batch_size,
+        folder=work,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    model.save_pretrained(folder)
+    update_repository(model, folder)
+    shutil.rmtree(work)
+    if as_json:
+        typer.echo(json.dumps({i: list(pair) for i, pair in scores.items()}, indent=1, allow_nan=False))
+        return
+    what = "is right" if labels else "agrees with the largest anchor"
+    for stitch_id, (before, after) in scores.items():
+        typer.echo(f"stitch {stitch_id} {what} on {100 * before:.2f} -> {100 * after:.2f} % of the images held out")
+    typer.echo(f"{folder}: stitchable eval measures accuracy on images with labels")
 
 
 @command

@@ -13,7 +13,7 @@ from stitchable import StitchableConfig, StitchableForImageClassification
 NUM_LABELS = 5
 SHIPPED = {
     *("architectures.py", "cascades.py", "chain.py", "configuration_stitchable.py", "modeling_stitchable.py"),
-    *("operations.py", "placement.py", "routes.py", "schema.py", "shards.py", "stitching.py"),
+    *("operations.py", "own.py", "placement.py", "routes.py", "schema.py", "shards.py", "stitching.py"),
 }
 """The code that travels with every checkpoint."""
 

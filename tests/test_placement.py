@@ -72,7 +72,7 @@ def test_an_automatic_device_map_keeps_anchors_whole(tmp_path: Path) -> None:
     placed = StitchableForImageClassification.from_pretrained(
         tmp_path / "model", device_map="auto", max_memory={"cpu": size - 1}, offload_folder=tmp_path / "offload"
     )
-    assert placed.hf_device_map == {"anchors": "cpu", "stitching_layers": "disk"}
+    assert placed.hf_device_map == {"anchors": "cpu", "stitching_layers": "disk", "own": "disk"}
     check_same(placed, model, "vit")
 
 

@@ -30,6 +30,7 @@ from stitchable import StitchableForImageClassification, evaluate
 from stitchable.imagenet import in_words
 from stitchable.processing import image_processor
 from stitchable.publishing import push_folder
+from stitchable.training import own
 from stitchable.training.books import (
     Checkpoints,
     check_same_processes,
@@ -379,6 +380,33 @@ def test_training_the_stitching_layers_alone_leaves_the_anchors_as_they_were(tmp
     assert differing
     assert all(name.startswith("stitching_layers.") for name in differing)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_its_own_is_taught_and_an_interrupted_run_goes_on_behind_finished_stitches(
+    tmp_path, monkeypatch
+) -> None:
+    overrides = [f"output={tmp_path / 'run'}", *TINY, "training.trainable=own", "sampling.stitches=[0,3,4]"]
+    teach_stitch, taught = own.teach_stitch, []
+
+    def interrupted(model, stitch_id, *arguments):
+        if taught == [3]:
+            raise KeyboardInterrupt
+        taught.append(stitch_id)
+        return teach_stitch(model, stitch_id, *arguments)
+
+    monkeypatch.setattr(own, "teach_stitch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(load_recipe(DIGITS, overrides))
+    _fresh()
+    monkeypatch.setattr(own, "teach_stitch", lambda *given: taught.append(given[1]) or teach_stitch(*given))
+    model = run(load_recipe(DIGITS, overrides), resume=True)
+    assert taught == [3, 4]
+    assert [stitch.id for stitch in model.stitches if stitch.own] == [3, 4]
+    _fresh()
+    untaught = run(load_recipe(DIGITS, [*overrides, f"output={tmp_path / 'untaught'}", "training.epochs=0"]))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in untaught.state_dict().items())
+    saved = StitchableForImageClassification.from_pretrained(tmp_path / "run", stitch_id=3)
+    assert set(saved.own) == {"3"}
 
 
 # Adam would blow rounding up where a gradient is nearly zero.

@@ -6,7 +6,7 @@ from stitchable import tables, timm_contract
 from stitchable.building import from_anchors, make_config
 from stitchable.cascades import find_cascades
 from stitchable.costs import update_costs
-from stitchable.evaluation import evaluate
+from stitchable.evaluation import evaluate, measure_agreement
 from stitchable.families.adapter import Adapter, Layout
 from stitchable.families.registry import register_anchor, register_family
 from stitchable.figures import record
@@ -21,6 +21,7 @@ from stitchable.model.modeling_stitchable import (
     StitchablePreTrainedModel,
 )
 from stitchable.model.routes import Segment, Stitch
+from stitchable.own import recalibrate_batch_norms
 from stitchable.processing import save_pretrained
 from stitchable.publishing import push_model
 from stitchable.timing import measure_throughput
@@ -57,8 +58,10 @@ __all__ = [
     "from_anchors",
     "initialize_stitches",
     "make_config",
+    "measure_agreement",
     "measure_throughput",
     "pareto_front",
+    "recalibrate_batch_norms",
     "register_anchor",
     "register_family",
     "update_costs",

@@ -153,6 +153,44 @@ def record_figures(
     return measured
 
 
+@torch.no_grad()
+def measure_agreement(
+    model: StitchableForImageClassification, batches: Iterable[Any], stitch_ids: Sequence[int] | None = None
+) -> dict[int, float]:
+    """How often stitches give the class that the largest anchor gives; what can be told without labels.
+
+    It goes into the stitch table as "agreement". It is no accuracy: nothing can agree with the anchor more than itself.
+
+    Args:
+        model: with its largest anchor; it runs in evaluation mode, on its device.
+        batches: see `stitchable.batches`; read once.
+        stitch_ids: which stitches to measure; all of them if None.
+
+    Returns:
+        The part of the images, in 0..1, for each stitch id.
+
+    Raises:
+        ValueError: no stitch or an unknown one, no images, or a model without anchors.
+    """
+    ids = known_ids(model, stitch_ids)
+    anchors = [stitch for stitch in model.stitches if stitch.is_anchor]
+    if not anchors:
+        raise ValueError("agreement is with the largest anchor, and this model has none; load the checkpoint whole")
+    largest = max(anchors, key=lambda stitch: (stitch.flops or 0, stitch.id)).id
+    rows = []
+    with evaluation_mode(model):
+        for batch in logging.tqdm(batches, total=_num_batches(batches), desc="comparing", leave=False):
+            pixel_values, _ = unpack_batch(batch, labels="optional")
+            found = {i: logits.argmax(-1).cpu() for i, logits in run_stitches(model, pixel_values, {*ids, largest})}
+            rows.append(torch.stack([found[i] == found[largest] for i in ids]))
+    if not rows:
+        raise ValueError("there are no images to compare stitches on: the batches are empty")
+    agreement = {i: float(part) for i, part in zip(ids, torch.cat(rows, 1).double().mean(1), strict=True)}
+    for i, part in agreement.items():
+        model.record(i, metrics={**find_stitch(model.stitches, i).metrics, "agreement": part})
+    return agreement
+
+
 def known_ids(model: StitchableForImageClassification, stitch_ids: Sequence[int] | None) -> list[int]:
     """The ids of the stitches to run, each once; all if None.
 
@@ -181,7 +219,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def run_stitches(
-    model: StitchableForImageClassification, pixel_values: torch.Tensor, stitch_ids: Sequence[int]
+    model: StitchableForImageClassification, pixel_values: torch.Tensor, stitch_ids: Iterable[int]
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Logits (N, num_labels) of each stitch, in an order that lets common beginnings run once.
 

@@ -163,13 +163,17 @@ class _Measured:
 
     def milliseconds_of(self, stitch_id: int) -> float:
         """Of a call of a stitch, once `time` has run."""
-        return 1e3 * (self.seconds_of_call + sum(self.seconds[step] for step in self.model.steps(stitch_id)))
+        return 1e3 * (self.seconds_of_call + sum(self.seconds[step] for step in self._steps_of(stitch_id)))
 
     def megabytes_of(self, stitch_id: int) -> float:
         """Peak of memory of a call of a stitch, once `watch` has run."""
-        steps = self.model.steps(stitch_id)
+        steps = self._steps_of(stitch_id)
         weights = sum(self.weights[step] for step in set(steps))
         return (max(self.activations[step] for step in steps) + weights) / 1e6
+
+    def _steps_of(self, stitch_id: int) -> list[Step]:
+        """With the parameters of the anchors, in the place of those of its own: they take as long."""
+        return [step._replace(own=-1) for step in self.model.steps(stitch_id)]
 
     def time(self, num_runs: int, num_warmup_runs: int) -> None:
         """Fill `seconds` and `seconds_of_call`, by medians over rounds through everything."""
@@ -236,7 +240,7 @@ class _Measured:
             steps.append(_TimedStep(step, partial(model.run_step, step), flow))
             reached = block + 1
         depth = self.shapes[anchor].depth
-        last_steps = {model.steps(stitch.id)[-1] for stitch in model.stitches}
+        last_steps = {self._steps_of(stitch.id)[-1] for stitch in model.stitches}
         for step in sorted(step for step in last_steps if step.anchor == anchor):
             flow = None if reached == depth else self._flow(anchor, depth)
             steps.append(_TimedStep(step, partial(self._run_to_logits, step), flow))

@@ -133,7 +133,7 @@ def _intermediate(
             raise ValueError(f"this model does not hold the final norm of anchor {step.anchor}; give norm=False")
         if any(operation.startswith(FUNCTION) for operation in model.chains[step.anchor].neck):
             raise ValueError(f"the final norm of anchor {step.anchor} leaves no grid; give norm=False")
-        flow = model.run_step(Step("neck", step.anchor), flow)
+        flow = model.run_step(Step("neck", step.anchor, own=step.own), flow)
     x_NHWC = grid_of(flow.features, side)
     x = x_NHWC.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x_NHWC.flatten(1, 2)
     prefix = flow.features[:, : side.prefix_tokens] if return_prefix_tokens and side.prefix_tokens else None

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +31,12 @@ from .cascades import CascadeOutput, run_cascade
 from .chain import Anchor, Flow, Part, parts_used
 from .configuration_stitchable import StitchableConfig
 from .operations import TimmModel
+from .own import OwnParts, Update, View, views_of
 from .placement import brought_in, check_device_map, device_of, entering
 from .routes import (
     Cascade,
     Choice,
+    Own,
     Stitch,
     Stitches,
     best_within,
@@ -60,13 +63,15 @@ _PUSH_ARGUMENTS = ("commit_message", "commit_description", "private", "revision"
 class Step(NamedTuple):
     """One step of a stitch: a "stem", a "block", a stitching "layer" into an anchor, or what follows the last block.
 
-    That is a "neck" (final norm and the like), or "bare", which leaves the features as they are.
+    That is a "neck" (final norm and the like), or "bare", which leaves the features as they are. Behind the first joint
+    of a stitch that has parameters of its own, `own` is its id: no other stitch shares such a step.
     """
 
     kind: str
     anchor: int = -1
     block: int = -1
     layer: str = ""
+    own: int = -1
 
 
 class StitchablePreTrainedModel(PreTrainedModel):
@@ -101,12 +106,19 @@ class StitchablePreTrainedModel(PreTrainedModel):
         self.chains = {index: self.shapes[index].chain for index, parts in enumerate(self._parts) if parts}
         self.anchors = nn.ModuleList(self._build_anchor(index) for index in range(len(self.shapes)))
         self.stitching_layers = self._build_stitching_layers()
+        self.own = nn.ModuleDict()  # by the id of the stitch
+        self._views: dict[int, dict[tuple[int, int], View]] = {}
+        for stitch in self._stitches:
+            self._build_own(stitch)
         if self.device.type != "meta":
             # timm has initialised its layers in its own way; transformers would do it over in post_init.
-            for module in (*self.anchors.modules(), *self.stitching_layers.modules()):
+            for module in (*self.anchors.modules(), *self.stitching_layers.modules(), *self.own.modules()):
                 setattr(module, "_is_hf_initialized", True)  # noqa: B010  # a flag of transformers, unknown to mypy
         # Parts that accelerate's automatic device maps place as a whole.
-        self._no_split_modules = {type(self.anchors[index]).__name__ for index in self.chains} | {"StitchingLayer"}
+        self._no_split_modules = {type(self.anchors[index]).__name__ for index in self.chains} | {
+            "StitchingLayer",
+            "OwnParts",
+        }
         self.post_init()
         self.note_weights()
         if config.num_labels_of_costs not in (None, config.num_labels):
@@ -266,11 +278,12 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def run_step(self, step: Step, flow: Flow) -> Flow:
         """Run one step on what the step before it returned; the first one on `start(pixel_values)`."""
         anchor, chain = self._anchor(step.anchor), self.chains[step.anchor]
+        own: Any = self.own[str(step.own)] if step.own >= 0 else None
         with brought_in(self, anchor, chain, step.block):
-            if step.kind == "block":
-                return chain.run_block(anchor, step.block, flow)
-            if step.kind == "neck":
-                return chain.run_neck(anchor, flow)
+            if step.kind in ("block", "neck"):
+                if own is not None:
+                    anchor = self._views[step.own][step.anchor, step.block].refreshed(own.norms)
+                return chain.run_block(anchor, step.block, flow) if step.block >= 0 else chain.run_neck(anchor, flow)
             if step.kind == "bare":
                 return flow
             pixel_values = entering(anchor, flow.pixel_values)
@@ -278,7 +291,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 return chain.run_stem(anchor, pixel_values)
             layer = self.get_stitching_layer(step.layer)
             own_prefix = entering(layer, chain.prefix_of(anchor)) if layer.needs_own_prefix else None
-            features = layer(entering(layer, flow.features), own_prefix)
+            update = own and own.layers[step.layer.replace(".", "-")]
+            features = layer(entering(layer, flow.features), own_prefix, update)
             return chain.enter(anchor, entering(anchor, features), pixel_values, layer.target.grid)
 
     def run_head(self, anchor: int, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -388,6 +402,43 @@ class StitchablePreTrainedModel(PreTrainedModel):
         layers: Any = self.stitching_layers[pair]
         return layers[index]
 
+    def give_own(self, stitch_id: int, rank: int | None) -> None:
+        """Give a stitch norms of its own behind its first joint, as the anchors have them, and updates of its layers.
+
+        What it computes stays the same until these are trained. A stitch that has some of this rank keeps them.
+
+        Args:
+            stitch_id: no anchor's.
+            rank: of the updates; whole matrices where factors of this rank would be no smaller. None takes away all.
+
+        Raises:
+            ValueError: an unknown stitch, one without a joint or without norms behind it, or that has another rank.
+        """
+        stitch, own = self._find(stitch_id), None if rank is None else Own(rank)
+        if own and stitch.own not in (None, own):
+            raise ValueError(
+                f"stitch {stitch.id} has {stitch.own} already, not {own}; give_own(..., None) takes it away"
+            )
+        if stitch.own != own:
+            stitch = replace(stitch, own=own)
+            self._build_own(stitch)
+            self._plans[stitch.id] = _plan(stitch)
+            self.replace(stitch)
+            self.note_weights()
+
+    def _build_own(self, stitch: Stitch) -> None:
+        if not stitch.own:
+            if self._views.pop(stitch.id, None):
+                del self.own[str(stitch.id)]
+        else:
+            layers = self.get_stitching_layer
+            try:
+                parts = OwnParts(stitch, stitch.own.rank, self.chains, self.anchors, layers).train(self.training)
+            except ValueError as error:
+                raise ValueError(f"stitch {stitch.id}: {error}") from None
+            self._views[stitch.id] = views_of(parts, stitch, self.chains, self.anchors)
+            self.own[str(stitch.id)] = parts
+
     def parts_of_anchor(self, index: int) -> set[Part]:
         """What this model holds of an anchor because some stitch uses it."""
         return self._parts[index]
@@ -400,29 +451,44 @@ class StitchablePreTrainedModel(PreTrainedModel):
         blocks = [x for i, chain in self.chains.items() for x in chain.modules_of_blocks(self.anchors[i]).values()]
         # Torch counts the versions of all blocks of a class together and gives up beyond 8, but every rate of drop path
         # makes a version of its own: so 8 for each block.
-        for block in blocks:
-            block.compile(**{"recompile_limit": 8 * len(blocks), **options})
+        options = {"recompile_limit": 8 * len(blocks), **options}
+        for stitch_id, views in self._views.items():
+            for (anchor, _), view in views.items():
+                seen = view.refreshed(self.own[str(stitch_id)].norms)
+                blocks += self.chains[anchor].modules_of_blocks(seen).values()
+        for block in dict.fromkeys(blocks):
+            block.compile(**options)
 
     @torch.no_grad()
     def extract(self, stitch_id: int | None = None, *, cascade: int | None = None) -> "StitchablePreTrainedModel":
         """A model of its own with a copy of only the weights of a stitch or cascade; it saves and loads like any other.
 
-        The stitch keeps its id and its parameters keep their names. Hooks are not taken over.
+        The stitch keeps its id and its parameters keep their names. Norms of its own go where the anchors' were, and
+        updates into its stitching layers; stitches of a cascade keep them apart. Hooks are not taken over.
 
         Raises:
             ValueError: not an id of this model, or parts that were replaced or changed (by adapters, pruning,
                 quantisation) so that they cannot be taken over exactly.
         """
         part = {"stitch_id": self._find(stitch_id).id} if cascade is None else {"cascade": cascade}
+        config = type(self.config).from_dict(self.config.to_dict(), **part)
+        own: Any = None
+        if cascade is None and config.stitches[0].pop("own", None):
+            own = self.own[str(config.stitches[0]["id"])]
         with torch.device("meta"):
-            extracted = type(self)(type(self.config).from_dict(self.config.to_dict(), **part))
+            extracted = type(self)(config)
         for name, module in extracted.named_modules():
-            source = _counterpart(self, name, module)
+            place = f"own.{config.stitches[0]['id']}.norms.{own.places[name]}" if own and name in own.places else name
+            source = _counterpart(self, place, module)
             for key, _ in list(module.named_parameters(recurse=False)):
                 parameter = source.get_parameter(key)
                 setattr(module, key, nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad))
             for key, _ in list(module.named_buffers(recurse=False)):
                 setattr(module, key, source.get_buffer(key).clone())
+        for name in extracted.stitches[0].layers if own else ():
+            update = own.layers[name.replace(".", "-")]
+            _counterpart(self, f"own.{config.stitches[0]['id']}.layers.{name.replace('.', '-')}", update)
+            update.merge(extracted.get_stitching_layer(name).linear)
         return extracted.train(self.training)
 
     # ---------------------------------------------------------------- saving and loading
@@ -430,7 +496,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """As in any `PreTrainedModel`, but the weights are one file per anchor and one for the stitching layers.
+        """As in any `PreTrainedModel`, but in one file per anchor, one for the stitching layers, one for own parts.
 
         So a model that is loaded for one stitch or a budget downloads only the files it needs. `max_shard_size` has no
         effect. The image processor of the checkpoint that the model was loaded from goes along.
@@ -644,8 +710,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # Only what from_pretrained did not load comes here: new classifiers, and buffers that no checkpoint holds.
         layers = (layer for layer in self.stitching_layers.modules() if isinstance(layer, StitchingLayer))
-        if isinstance(module, nn.Linear) and any(module is layer.linear for layer in layers):
-            module.reset_parameters()
+        is_ours = isinstance(module, nn.Linear) and any(module is layer.linear for layer in layers)
+        if is_ours or isinstance(module, Update):
+            module.reset_parameters()  # type: ignore[operator]
         else:
             super()._init_weights(module)
         if hasattr(module, "init_non_persistent_buffers"):
@@ -680,23 +747,25 @@ def _needed_weights(config: Any) -> Callable[[str], bool]:
     """Whether a model of a config has a weight of this name."""
     anchors, stitches = _described(config)
     parts = parts_used(anchors, stitches)
-    layers = tuple(f"stitching_layers.{layer}." for stitch in stitches for layer in stitch.layers)
+    others = {f"stitching_layers.{layer}." for stitch in stitches for layer in stitch.layers}
+    others |= {f"own.{stitch.id}." for stitch in stitches if stitch.own}
 
     def is_needed(name: str) -> bool:
         kind, index, *rest = name.split(".", 2)
         if kind == "anchors" and index.isdigit() and int(index) < len(anchors) and rest:
             return anchors[int(index)].chain.part_of(rest[0]) in parts[int(index)]
-        return name.startswith(layers)
+        return name.startswith(tuple(others))
 
     return is_needed
 
 
 def _plan(stitch: Stitch) -> tuple[Step, ...]:
-    steps = [Step("stem", stitch.route[0].anchor)]
+    steps, own = [Step("stem", stitch.route[0].anchor)], -1
     for segment, layer, back in zip(stitch.route, (*stitch.layers, ""), (*stitch.route[1:], None), strict=True):
-        steps += [Step("block", segment.anchor, block) for block in range(segment.start, segment.stop)]
-        steps += [Step("layer", back.anchor, layer=layer)] if back else []
-    return (*steps, Step("bare" if stitch.skips_neck else "neck", stitch.route[-1].anchor))
+        steps += [Step("block", segment.anchor, block, own=own) for block in range(segment.start, segment.stop)]
+        own = stitch.id if stitch.own else -1
+        steps += [Step("layer", back.anchor, layer=layer, own=own)] if back else []
+    return (*steps, Step("bare" if stitch.skips_neck else "neck", stitch.route[-1].anchor, own=own))
 
 
 def _refuse(names: Iterable[str]) -> None:

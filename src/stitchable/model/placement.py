@@ -12,7 +12,7 @@ from torch import nn
 from .chain import Chain
 
 _LOCK = threading.RLock()  # two threads would take the weights from each other
-_PLACED = re.compile(r"|anchors(\.\d+)?|stitching_layers(\..+)?")
+_PLACED = re.compile(r"|anchors(\.\d+)?|(stitching_layers|own)(\..+)?")
 
 
 def first_parameter(module: nn.Module) -> nn.Parameter | None:

@@ -112,6 +112,18 @@ def why_not_joined(source: AnchorShape, stop: int, target: AnchorShape, start: i
 
 
 @dataclass(frozen=True)
+class Own:
+    """What a stitch has of its own behind its first joint: norms, and updates of its stitching layers, of this rank."""
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        """Refuse what is no rank."""
+        if self.rank < 1:
+            raise ValueError(f"the rank of what a stitch has of its own must be at least 1, got {self.rank}")
+
+
+@dataclass(frozen=True)
 class Stitch:
     """One network of a stitchable model.
 
@@ -126,6 +138,7 @@ class Stitch:
         metrics: measured figures, e.g. {"accuracy": 0.97}. A figure that is infinite or NaN is left out.
         skips_neck: whether the head takes the features of the last block as they are, without the back anchor's final
             norm. Only weights that were trained so want it: the authors' DeiT stitches.
+        own: what belongs to this stitch alone, None where all of it is shared.
     """
 
     id: int
@@ -137,6 +150,7 @@ class Stitch:
     memory_mb: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     skips_neck: bool = False
+    own: Own | None = None
 
     def __post_init__(self) -> None:
         """Leave out what is not finite, for JSON has no such numbers, and refuse costs below 0."""
@@ -146,6 +160,8 @@ class Stitch:
                 object.__setattr__(self, name, None)
             elif figure is not None and figure < 0:
                 raise ValueError(f"{name} of stitch {self.id} is below 0: {figure!r}")
+        if self.own and len(self.route) < 2:
+            raise ValueError(f"stitch {self.id} is an anchor, without a joint behind which anything could be its own")
         object.__setattr__(self, "metrics", {name: x for name, x in self.metrics.items() if math.isfinite(x)})
 
     @property

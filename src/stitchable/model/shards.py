@@ -1,4 +1,4 @@
-"""Weights in one file per anchor and one for the stitching layers, of which a model reads only what it needs."""
+"""Weights in a file per anchor, one of stitching layers, one of own parts, of which a model reads what it needs."""
 
 import json
 import os
@@ -36,7 +36,8 @@ def writing(
 ) -> Iterator[None]:
     """Write the weights beside the files of a folder, which they replace when what is done meanwhile has succeeded.
 
-    There is a file per anchor, one for the stitching layers, and their index; weights of a single part are one file.
+    There is a file per anchor, one for the stitching layers, one for what stitches have of their own, and their index;
+    weights of a single part are one file.
 
     Args:
         folder: made where it does not exist.
@@ -64,7 +65,7 @@ def writing(
             (folder / f"{index}.unfinished").write_text(text + "\n", encoding="utf-8")
         yield
         ours = re.compile(
-            re.escape(_with_variant("model-X.safetensors", variant)).replace("X", r"(anchor-\d+|stitching-layers)")
+            re.escape(_with_variant("model-X.safetensors", variant)).replace("X", r"(anchor-\d+|stitching-layers|own)")
         )
         for path in [*folder.iterdir(), folder / whole, folder / index]:
             if (path.name in (whole, index) or ours.fullmatch(path.name)) and path.name not in finished.values():
@@ -147,8 +148,8 @@ def read_weights(files: Mapping[str, Collection[str]]) -> dict[str, torch.Tensor
 
 
 def _shard_of(name: str) -> str:
-    anchor = _ANCHOR.match(name)
-    return f"model-anchor-{anchor[1]}.safetensors" if anchor else "model-stitching-layers.safetensors"
+    anchor, rest = _ANCHOR.match(name), "own" if name.startswith("own.") else "stitching-layers"
+    return f"model-anchor-{anchor[1]}.safetensors" if anchor else f"model-{rest}.safetensors"
 
 
 def _with_variant(name: str, variant: str | None) -> str:

@@ -4,7 +4,7 @@ Section 3.2, "How to stitch", of Stitchable Neural Networks (Pan et al., CVPR 20
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,12 +72,18 @@ class StitchingLayer(nn.Module):
         """What it was made with; layers of equal arguments do the same work."""
         return self.source, self.target, self.carried
 
-    def forward(self, features: torch.Tensor, own_prefix: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        features: torch.Tensor,
+        own_prefix: torch.Tensor | None = None,
+        update: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Features in the source's layout to features in the target's.
 
         Args:
             features: as they flow through the front anchor's cut.
             own_prefix: the target's own prefix tokens (1, tokens, C); read only where the source lacks some.
+            update: what a stitch adds to the map, given the same features, channels last.
 
         Raises:
             ValueError: features of another layout, or no prefix tokens where they are needed.
@@ -86,18 +92,22 @@ class StitchingLayer(nn.Module):
         channels = features.shape[1 if source.layout == "NCHW" else -1]
         if features.ndim != (3 if source.is_tokens else 4) or channels != source.channels:
             raise ValueError(f"by its layout the front anchor gives {source}, but its features are {features.shape}")
+
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) if update is None else self.linear(x) + update(x)
+
         if self._maps_all:
-            return from_channels_last(self.linear(to_channels_last(features, source.layout)), target)
+            return from_channels_last(linear(to_channels_last(features, source.layout)), target)
         x = grid_of(features, source)
         if math.prod(target.grid) < math.prod(source.grid):
             x = resize(x, target.grid)
-        x = resize(self.linear(x), target.grid)
+        x = resize(linear(x), target.grid)
         if not self.carried:
             return from_channels_last(x, target)
         prefix: list[torch.Tensor] = []
         for place, index in enumerate(self.carried):
             if index is not None:
-                prefix.append(self.linear(features[:, index : index + 1]))
+                prefix.append(linear(features[:, index : index + 1]))
             elif own_prefix is not None:
                 prefix.append(own_prefix[:, place : place + 1].expand(x.shape[0], -1, -1))
             else:

@@ -31,6 +31,11 @@ def check_plan(recipe: Recipe, accelerator: Accelerator) -> None:
                 raise ValueError(f"{name}.stitches: {error}") from None
     if is_sharded(accelerator):
         _check_sharded(recipe)
+    if recipe.training.trainable == "own" and accelerator.num_processes > 1:
+        raise ValueError(
+            f"training.trainable own: a stitch is taught by one process, and there are {accelerator.num_processes}; "
+            "run one, each on stitches of its own (sampling.stitches), or stitchable.training.own.teach_stitches"
+        )
     make_sampler(recipe, stitches, accelerator.num_processes)
     processor = make_processor(recipe.data, config)
     for name, schedule in recipe.schedules().items():
@@ -64,7 +69,7 @@ def make_sampler(recipe: Recipe, stitches: Sequence[Stitch], num_processes: int)
     """The sampler of the joint training."""
     settings = recipe.sampling.model_dump(exclude={"stitches"})
     stitch_ids = recipe.sampling.stitches or [stitch.id for stitch in stitches]
-    if recipe.training.trainable == "stitching_layers":
+    if recipe.training.trainable != "all":
         # An anchor has nothing to learn then.
         stitch_ids = [i for i in stitch_ids if not find_stitch(stitches, i).is_anchor]
     return StitchSampler(stitches, stitch_ids, **settings, num_processes=num_processes, seed=recipe.seed)

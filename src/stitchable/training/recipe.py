@@ -166,7 +166,9 @@ class Schedule(_Section):
         batch_norms: "keep" normalises by the running statistics that the anchors came with and leaves them as they are,
             "update" by those of each batch, which run on; if null, what is `pretrained` keeps its own.
         label_smoothing: weight of the uniform distribution in the targets.
-        trainable: everything, or the stitching layers alone (figure 9 c of the paper).
+        trainable: everything, the stitching layers alone (figure 9 c of the paper), or what is each stitch's "own": one
+            after the other they are taught by their back anchors for so many epochs, by Adam in one cycle up to the
+            learning rate; the anchors stay as they are. What is said of the optimiser, warm-up and decay has no effect.
     """
 
     epochs: int = Field(ge=0)
@@ -183,7 +185,7 @@ class Schedule(_Section):
     clip_at: float = Field(1.0, gt=0)
     batch_norms: Literal["keep", "update"] | None = None
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    trainable: Literal["all", "stitching_layers"] = "all"
+    trainable: Literal["all", "stitching_layers", "own"] = "all"
     augmentation: Augmentation = Augmentation()
 
     @model_validator(mode="after")
@@ -303,6 +305,11 @@ class Recipe(_Section):
         if self.distillation and self.distillation.kind == "in_place" and self.sampling.method != "sandwich":
             raise ValueError(
                 "distillation.kind in_place needs sampling.method sandwich: its teacher is the larger anchor"
+            )
+        if self.training.trainable == "own" and (self.distillation or self.gradient_accumulation_steps > 1):
+            raise ValueError(
+                "training.trainable own: the back anchors teach, a whole batch at a time; leave out distillation and "
+                "gradient_accumulation_steps"
             )
         for name, schedule in self.schedules().items():
             _check_augmentation(name, schedule.augmentation, self.data)

@@ -13,10 +13,11 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
@@ -49,6 +50,7 @@ from stitchable.training.data import (
 )
 from stitchable.training.fit import Phase, fit
 from stitchable.training.losses import StitchLoss, load_teacher
+from stitchable.training.own import Teaching, teach_stitches
 from stitchable.training.plan import (
     check_plan,
     check_sizes,
@@ -58,7 +60,7 @@ from stitchable.training.plan import (
     names_of_anchors,
 )
 from stitchable.training.processes import RunStopped, all_or_none, make_accelerator, share, start_processes
-from stitchable.training.recipe import Recipe, load_recipe
+from stitchable.training.recipe import Recipe, Schedule, load_recipe
 from stitchable.training.resuming import evaluate_resumably, weights_digest
 from stitchable.training.sampling import StitchSampler
 
@@ -211,6 +213,8 @@ class _Run:
     def train_together(self) -> None:
         """Initialise the stitching layers and train stitches together."""
         recipe = self.recipe
+        if recipe.training.trainable == "own":
+            return self.teach()
         number = len(self.anchors) if recipe.pretraining else 0
         resumed = self.phase_of_checkpoint >= number
         if resumed:
@@ -221,6 +225,29 @@ class _Run:
         loss = StitchLoss(recipe.training.label_smoothing, teacher=self.teacher, **teaching)
         initialize = None if resumed else self.initialize
         self.fit(Phase(number, "stitches", recipe.training, sampler, loss, initialize, self.after_epoch))
+
+    def teach(self) -> None:
+        """Teach each stitch what is its own; a run that is resumed goes on behind those that are finished."""
+        recipe, schedule = self.recipe, self.recipe.training
+        taught = recipe.run_folder / "taught"
+        if taught.exists():
+            self.say("4/6 going on to teach the stitches")
+        self.initialize()
+        steps_per_epoch = self.num_images // schedule.batch_size
+        loader = self._loader(schedule, steps_per_epoch, recipe.seed)
+
+        def batches(stitch_id: int) -> Iterator[dict[str, torch.Tensor]]:
+            for epoch in itertools.count(stitch_id * schedule.epochs):
+                yield from loader.epoch(epoch)
+
+        asked = recipe.sampling.stitches or [stitch.id for stitch in self.model.stitches]
+        ids = [i for i in asked if i not in self.anchors] if schedule.epochs else []
+        teaching = Teaching(steps=max(1, schedule.epochs * steps_per_epoch), learning_rate=schedule.learning_rate)
+        try:
+            if ids:
+                teach_stitches(self.model, batches, ids, teaching, folder=taught)
+        except DataError as error:
+            raise RunStopped(f"{error}; --resume goes on behind the stitches that are finished") from error
 
     def warn_of_few_updates(self, sampler: StitchSampler) -> None:
         """Warn where the schedule leaves stitches under-trained."""
@@ -257,20 +284,24 @@ class _Run:
         if phase.number < self.phase_of_checkpoint:
             self.books.skip(schedule.epochs * steps_per_epoch)
             return
-        loader = TrainingLoader(
+        batches_per_epoch = steps_per_epoch * accelerator.gradient_accumulation_steps
+        loader = self._loader(schedule, batches_per_epoch, self.recipe.seed + 1000 * phase.number)
+        here = phase.number == self.phase_of_checkpoint
+        checkpoint, first_step = (self.checkpoint, self.step_of_checkpoint) if here else (None, 0)
+        self.model = fit(accelerator, self.model, loader, phase, self.books, checkpoint, first_step)
+
+    def _loader(self, schedule: Schedule, batches_per_epoch: int, seed: int) -> TrainingLoader:
+        return TrainingLoader(
             self.data.train,
             self.recipe.data,
             schedule,
             self.model.config,
             self.processor,
-            batch_size=micro_batch_size(schedule.batch_size, accelerator),
-            batches_per_epoch=steps_per_epoch * accelerator.gradient_accumulation_steps,
-            seed=self.recipe.seed + 1000 * phase.number,
-            accelerator=accelerator,
+            batch_size=micro_batch_size(schedule.batch_size, self.accelerator),
+            batches_per_epoch=batches_per_epoch,
+            seed=seed,
+            accelerator=self.accelerator,
         )
-        here = phase.number == self.phase_of_checkpoint
-        checkpoint, first_step = (self.checkpoint, self.step_of_checkpoint) if here else (None, 0)
-        self.model = fit(accelerator, self.model, loader, phase, self.books, checkpoint, first_step)
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """What is measured during the joint training."""

@@ -5,6 +5,7 @@ inside the commands: so help, completion and mistakes in the options are answere
 """
 
 import copy
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -222,6 +223,54 @@ def tune(
     for stitch_id, (before, after) in scores.items():
         typer.echo(f"stitch {stitch_id} {what} on {100 * before:.2f} -> {100 * after:.2f} % of the images held out")
     typer.echo(f"{folder}: stitchable eval measures accuracy on images with labels")
+
+
+@command
+def select(
+    folder: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
+    images: Annotated[str, typer.Option(help="Folder of images, or data set of the Hub.", rich_help_panel=_IMAGES)],
+    number: Annotated[int | None, typer.Option(help="Stitches to keep at most, beside the anchors.")] = None,
+    spacing: Annotated[float | None, typer.Option(help="Or one for each such factor of FLOPs, such as 1.1.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Images that score the stitches.", rich_help_panel=_IMAGES)] = 300,
+    split: Annotated[str | None, typer.Option(help="Of these images.", rich_help_panel=_IMAGES)] = None,
+    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "image",
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Keep the anchors and the most promising stitches, before any training; images need no labels."""
+    import stitchable
+    from stitchable.card import Card
+    from stitchable.publishing import check_new_folder, processor_of, save_repository
+
+    check_new_folder(output)
+    model = _to(_load(folder, trust_remote_code), device)
+    processor = processor_of(model)
+    size = max(1, min(50, num_samples))
+    batches = _batches(images, processor, split=split, image_column=image_column, batch_size=size)
+    first = itertools.islice(batches, -(-num_samples // size))
+    kept = stitchable.select(model, first, number=number, spacing=spacing)
+    save_repository(kept, output, processor, Card.of(kept.config, output.resolve().name))
+    typer.echo(_what_is_kept(output, kept, model))
+
+
+@command
+def prune(
+    folder: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
+    metric: Annotated[str, typer.Option(help="Measured figure, better when higher.")] = "accuracy",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Drop the stitches that another one beats in both FLOPs and accuracy; no budget would choose them."""
+    import stitchable
+    from stitchable.card import Card
+    from stitchable.publishing import check_new_folder, processor_of, save_repository
+
+    check_new_folder(output)
+    model = _load(folder, trust_remote_code)
+    kept = stitchable.prune(model, metric)
+    save_repository(kept, output, processor_of(model), Card.of(kept.config, output.resolve().name))
+    typer.echo(_what_is_kept(output, kept, model))
 
 
 @command
@@ -647,6 +696,12 @@ def _serve_on_ray(model: str, host: str, port: int, replicas: str, **arguments: 
     number = "auto" if replicas == "auto" else int(replicas)
     typer.echo(f"{model}: {replicas} replicas, target {arguments['slo_ms']:g} ms, http://{host}:{port}")
     ray.run(ray.Arguments(model=source, num_replicas=number, **arguments), host, port)
+
+
+@command
+def _what_is_kept(output: Path, kept: Any, model: Any) -> str:
+    ids = ", ".join(str(stitch.id) for stitch in kept.stitches if not stitch.is_anchor)
+    return f"{output}: {len(kept.stitches)} of {len(model.stitches)} stitches, beside the anchors {ids or 'none'}"
 
 
 def _batches(*arguments: Any, **options: Any) -> Any:

@@ -193,6 +193,26 @@ def test_extract_saves_one_stitch(folder, tmp_path) -> None:
     assert (tmp_path / "alone" / "README.md").exists()
 
 
+def test_select_and_prune_keep_the_ids_of_what_they_keep(folder, pictures, tmp_path) -> None:
+    output = run("select", folder, "-o", tmp_path / "few", "--images", pictures, "--number", 2).stdout
+    kept = StitchableForImageClassification.from_pretrained(tmp_path / "few")
+    ids = [stitch.id for stitch in kept.stitches]
+    assert (
+        output == f"{tmp_path / 'few'}: {len(ids)} of 9 stitches, beside the anchors {', '.join(map(str, ids[2:]))}\n"
+    )
+    assert 3 <= len(ids) <= 4
+    whole = StitchableForImageClassification.from_pretrained(folder)
+    x = images("vit")
+    assert torch.equal(kept(x, stitch_id=ids[2]).logits, whole(x, stitch_id=ids[2]).logits)
+    run("eval", tmp_path / "few", pictures)
+    config = StitchableConfig.from_pretrained(tmp_path / "few")
+    config.stitches[2]["metrics"]["accuracy"] = 0.0
+    config.save_pretrained(tmp_path / "few")
+    run("prune", tmp_path / "few", "-o", tmp_path / "fewer")
+    left = [stitch["id"] for stitch in StitchableConfig.from_pretrained(tmp_path / "fewer").stitches]
+    assert left == [i for i in ids if i != ids[2]]
+
+
 def test_export_writes_graphs_or_a_program(folder, tmp_path) -> None:
     output = run("export", folder, tmp_path / "graphs", "--stitches", "0").stdout
     size = sum(path.stat().st_size for path in (tmp_path / "graphs").iterdir())
@@ -220,6 +240,10 @@ def test_export_writes_graphs_or_a_program(folder, tmp_path) -> None:
         (["cascade", "{folder}", "{pictures}", "--stitches", "77"], "stitch_id 77 is out of range"),
         (["cascade", "{folder}", "{pictures}", "--stitches", "1"], "a cascade needs at least two stitches"),
         (["calibrate", "{folder}", "--batch-sizes", "0"], "batch_sizes and num_runs must be at least 1"),
+        (["select", "{folder}", "-o", "{new}", "--images", "{pictures}"], "give a number of stitches to keep or a"),
+        (["select", "{folder}", "-o", "{new}", "--images", "{pictures}", "--number", "0"], "number=0 keeps nothing"),
+        (["select", "{folder}", "-o", "{folder}", "--images", "{pictures}", "--number", "2"], "already holds"),
+        (["prune", "{folder}", "-o", "{new}"], "no stitch has a measured accuracy"),
         (["extract", "{folder}", "4", "{folder}"], "already holds something"),
         (["extract", "{folder}", "99", "{new}"], "stitch_id 99 is out of range"),
         (["build", "vit_tiny_patch16_224", "-o", "{new}"], "at least two anchors"),
@@ -276,7 +300,20 @@ def test_labels_that_are_none_of_the_classes_are_refused(label) -> None:
 
 def test_help_reads_well() -> None:
     text = run("--help").stdout
-    for name in ("build", "table", "plot", "eval", "cascade", "calibrate", "extract", "export", "convert", "push"):
+    for name in (
+        "build",
+        "select",
+        "prune",
+        "table",
+        "plot",
+        "eval",
+        "cascade",
+        "calibrate",
+        "extract",
+        "export",
+        "convert",
+        "push",
+    ):
         assert name in text
         assert f"Usage: root {name} [OPTIONS]" in run(name, "--help").stdout
 

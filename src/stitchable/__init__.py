@@ -24,6 +24,7 @@ from stitchable.model.routes import Segment, Stitch
 from stitchable.own import recalibrate_batch_norms
 from stitchable.processing import save_pretrained
 from stitchable.publishing import push_model
+from stitchable.selection import prune, select
 from stitchable.timing import measure_throughput
 
 AutoConfig.register("stitchable", StitchableConfig)
@@ -61,8 +62,10 @@ __all__ = [
     "measure_agreement",
     "measure_throughput",
     "pareto_front",
+    "prune",
     "recalibrate_batch_norms",
     "register_anchor",
     "register_family",
+    "select",
     "update_costs",
 ]

@@ -225,18 +225,26 @@ def run_stitches(
 
     At most one tensor of features per step of the deepest stitch is held at a time.
     """
+    for stitch_id, anchor, features in run_to_heads(model, pixel_values, stitch_ids):
+        yield stitch_id, model.run_head(anchor, features)
+
+
+def run_to_heads(
+    model: StitchableForImageClassification, pixel_values: torch.Tensor, stitch_ids: Sequence[int]
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """As `run_stitches`, but of each stitch the anchor whose head follows, and the features that this takes."""
     plans = {stitch_id: model.steps(stitch_id) for stitch_id in stitch_ids}
     yield from _descend(model, model.start(pixel_values), 0, plans)
 
 
 def _descend(
     model: StitchableForImageClassification, flow: Flow, depth: int, plans: Mapping[int, tuple[Step, ...]]
-) -> Iterator[tuple[int, torch.Tensor]]:
+) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Run the stitches whose first `depth` steps led here: a walk over the tree of common beginnings."""
     branches: dict[Step, dict[int, tuple[Step, ...]]] = {}
     for stitch_id, steps in plans.items():
         if depth == len(steps):
-            yield stitch_id, model.run_head(steps[-1].anchor, flow.features)
+            yield stitch_id, steps[-1].anchor, flow.features
         else:
             branches.setdefault(steps[depth], {})[stitch_id] = steps
     for step, members in branches.items():

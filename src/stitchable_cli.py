@@ -226,6 +226,42 @@ def tune(
 
 
 @command
+def make(
+    anchors: Annotated[
+        list[str], typer.Argument(help="At least two classifiers: timm names, ids on the Hub, or files of weights.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder, or that of an interrupted run.")],
+    images: Annotated[
+        str, typer.Option(help="Folder of images, in one folder per class if known, or data set of the Hub.")
+    ],
+    architecture: Annotated[
+        list[str] | None, typer.Option(help="timm name; once for each file of weights, in order.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="How long it may take; more teach the stitches better.")] = 30.0,
+    split: Annotated[str | None, typer.Option(help="Of the images.", rich_help_panel=_IMAGES)] = None,
+    image_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "image",
+    label_column: Annotated[str, typer.Option(help="Of a data set of the Hub.", rich_help_panel=_IMAGES)] = "label",
+    image_size: Annotated[int | None, typer.Option(help="Pixels; the anchors' own if left out.")] = None,
+    module: Modules = None,
+    device: Device = "cpu",
+) -> None:
+    """Make an elastic model of two models and a folder of images, from stitching to cascades and card, in one go."""
+    from stitchable import making
+
+    plan = making.Plan(
+        anchors=_anchors(anchors, architecture or []),
+        images=images,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        modules=[str(path) for path in module or ()],
+        image_size=image_size,
+    )
+    making.make(plan, output, minutes=minutes, device=device, say=typer.echo)
+    typer.echo(f"{output}: stitchable table {output}; stitchable push {output} USER/NAME")
+
+
+@command
 def select(
     folder: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
@@ -699,6 +735,26 @@ def _serve_on_ray(model: str, host: str, port: int, replicas: str, **arguments: 
 
 
 @command
+@command
+def _anchors(given: list[str], architectures: list[str]) -> list[str | dict[str, str]]:
+    """Anchors as `make_config` takes them: files with their architectures, ids on the Hub as timm has them, names."""
+    files = [name for name in given if Path(name).is_file()]
+    if len(files) != len(architectures):
+        raise ValueError(
+            f"--architecture is given once for each file of weights: {len(files)} files, {len(architectures)} "
+            "architectures" + ("" if files else "; timm names and ids on the Hub need none")
+        )
+    left = iter(architectures)
+    return [
+        {"architecture": next(left), "weights": name}
+        if name in files
+        else f"hf-hub:{name}"
+        if "/" in name and ":" not in name
+        else name
+        for name in given
+    ]
+
+
 def _what_is_kept(output: Path, kept: Any, model: Any) -> str:
     ids = ", ".join(str(stitch.id) for stitch in kept.stitches if not stitch.is_anchor)
     return f"{output}: {len(kept.stitches)} of {len(model.stitches)} stitches, beside the anchors {ids or 'none'}"

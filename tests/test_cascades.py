@@ -20,7 +20,7 @@ from stitchable.cascade_stages import (
     run_cascade,
     scores_of,
 )
-from stitchable.cascades import LogitFile, cascade_table, find_cascades
+from stitchable.cascades import LogitFile, cascade_table, find_and_judge, find_cascades
 from stitchable.costs import shared_flops
 from stitchable.fingerprints import NUM_STORED, fingerprints, remember
 
@@ -332,6 +332,41 @@ def test_one_pass_gives_cascades_and_what_evaluate_gives(said) -> None:
     costly = [cascade["flops"] for cascade in found]
     assert costly == sorted(costly)
     assert [c["metrics"]["accuracy"] for c in found] == sorted(c["metrics"]["accuracy"] for c in found)
+
+
+def test_what_stitches_and_cascades_are_worth_comes_from_the_same_pass(said) -> None:
+    model, batches = make("vit", nearest=False), data()
+    found, stitches, together = find_and_judge(model, batches, dataset="noise")
+    assert found == model.config.cascades
+    assert stitches.null_line == together.null_line
+    assert stitches.images == together.images == 300
+    accuracies = [model.stitches[i].metrics["accuracy"] for i in (0, 1)]
+    assert stitches.straight_line == pytest.approx(sum(accuracies) / 2)
+    # Chosen by the other half, the cheaper anchor alone is the null line up to where the dearer one begins.
+    assert stitches.null_line == pytest.approx(accuracies[0], abs=1e-6)
+    again, _, _ = find_and_judge(make("vit", nearest=False), batches, dataset="noise", metric="agreement")
+    assert [cascade["flops"] for cascade in again] == [cascade["flops"] for cascade in found]
+
+
+def test_agreement_is_not_called_accuracy(said) -> None:
+    model = make("vit", nearest=False)
+    with torch.no_grad():
+        parts = images("vit", 300).split(64)
+        batches = [{"pixel_values": x, "labels": model(x, stitch_id=1).logits.argmax(-1)} for x in parts]
+    found, _, _ = find_and_judge(model, batches, metric="agreement")
+    assert model.stitches[1].metrics == {"agreement": 1.0}
+    assert all(set(cascade["metrics"]) == {"agreement", "gain"} for cascade in model.config.cascades)
+    assert found == model.config.cascades
+    assert "| agreement | gain |" in cascade_table(model.config.cascades)
+    assert not any("are right" in text for text in said)
+
+
+def test_without_a_dearer_anchor_that_is_better_nothing_is_judged(said) -> None:
+    model = make("vit", nearest=False)
+    with torch.no_grad():
+        parts = images("vit", 300).split(64)
+        batches = [{"pixel_values": x, "labels": model(x, stitch_id=0).logits.argmax(-1)} for x in parts]
+    assert find_and_judge(model, batches)[1:] == (None, None)
 
 
 def test_what_was_measured_of_few_images_is_said(said) -> None:

@@ -14,7 +14,7 @@ from transformers import pipeline
 from families import make
 from odd_images import broken, picture, readable
 from stitchable.app import load_page
-from stitchable.images import read_batches
+from stitchable.images import read_batches, why_no_labels
 from stitchable.processing import image_processor, to_rgb
 from stitchable.training.data import DataError, decode
 
@@ -109,6 +109,19 @@ def test_folders_of_imagenet_s_numbers_are_the_classes_of_their_words(names, fol
     (batch,) = read_batches(str(tmp_path / "images"), processor, config=model.config, seed=None)
     brightness = batch["pixel_values"].mean((1, 2, 3)).argsort()
     assert batch["labels"][brightness].tolist() == [4, 3, 2, 1]
+
+
+def test_it_is_said_why_images_have_no_labels_for_a_model(tmp_path) -> None:
+    config = make("vit", id2label=dict(enumerate(["cat", "dog", "cow", "hen", "pig"]))).config
+    for place in ("known/cat", "known/pig", "strange/cat", "strange/fox", "one/cat", "none"):
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (4, 4)).save(tmp_path / place / f"{number}.png")
+    said = {name: why_no_labels(str(tmp_path / name), config) for name in ("known", "strange", "one", "none")}
+    assert said["known"] is None
+    assert "has a class 'fox' that the model does not know" in said["strange"]
+    assert said["one"].startswith("all images of ") or "has no column 'label'" in said["one"]
+    assert "has no column 'label'" in said["none"]
 
 
 @pytest.fixture

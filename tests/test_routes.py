@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stitchable.front import pareto_front
-from stitchable.model.routes import Segment, Stitch, best_within, check_stitches, find_stitch
+from stitchable.model.routes import Segment, Stitch, best_within, check_stitches, find_stitch, measured_by
 
 
 def stitch(route: list[list[int]], layers: tuple[str, ...] = (), stitch_id: int = 0) -> Stitch:
@@ -122,6 +122,14 @@ def test_another_metric_can_be_maximised() -> None:
     with pytest.raises(ValueError, match="a loss is better when it is lower"):
         best_within(TABLE, flops=500, metric="loss")
     assert best_within([measured(0, 1, math.nan), measured(1, 2, 0.1)], flops=5).id == 1
+
+
+def test_where_nobody_had_labels_agreement_decides() -> None:
+    table = [Stitch(0, (), flops=1, metrics={"agreement": 0.9}), Stitch(1, (), flops=2, metrics={"agreement": 0.8})]
+    assert best_within(table, flops=5).id == 0
+    assert measured_by(table) == "agreement"
+    assert measured_by([*table, *TABLE]) == measured_by([]) == "accuracy"
+    assert best_within([*table, *TABLE], flops=150).metrics == {"accuracy": 0.7}
 
 
 @pytest.mark.parametrize("budget", [0, -1, math.nan, "many", -math.inf])

@@ -110,7 +110,7 @@ def test_images_and_models_that_cannot_be_compared_are_refused() -> None:
         select(model, [torch.randn(4, 3, 48, 48)], number=2)
     with pytest.raises(ValueError, match="there are no images"):
         select(model, [], number=2)
-    with pytest.raises(ValueError, match="no stitch between anchors"):
+    with pytest.raises(ValueError, match="keep the anchors alone"):
         select(model.extract(1), batches(), number=1)
     with pytest.raises(ValueError, match="anchor 0 was left out"):
         select(model.extract(4), batches(), number=1)

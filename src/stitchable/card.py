@@ -18,7 +18,7 @@ from stitchable.cascades import cascade_table
 from stitchable.front import in_words, judge_stitches, pareto_front
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
-from stitchable.model.routes import Stitch, best_within
+from stitchable.model.routes import Stitch, best_within, measured_by
 from stitchable.plots import flops_unit
 from stitchable.processing import load_image_processor
 from stitchable.tables import frame_of, short_names
@@ -103,6 +103,7 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
     """
     stitches, names = model.stitches, short_names(model.config)
     measured = [stitch for stitch in stitches if "accuracy" in stitch.metrics]
+    metric = measured_by(stitches)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
@@ -121,11 +122,12 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
         name=as_code(card.name),
         quoted_name=_as_string(card.name),
         dataset=in_markdown(dataset),
-        figure=FIGURE if measured else None,
+        metric=metric,
+        figure=FIGURE if any(metric in stitch.metrics for stitch in stitches) else None,
         num_stitches=len(stitches),
         anchors=[_anchor(*named) for named in zip(names, model.config.anchors, strict=True)],
         table=stitch_table(stitches, names),
-        front=stitch_table(pareto_front(stitches), names),
+        front=stitch_table(pareto_front(stitches, metric), names),
         judged=in_words(judged) if (judged := judge_stitches(stitches, card.accuracy_before)) else "",
         cascades=cascade_table(model.config.cascades) if model.config.cascades else "",
         budget=_budget(stitches),
@@ -294,6 +296,7 @@ def stitch_table(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> str
         "flops": (unit, lambda flops: f"{flops / divisor:.3f}"),
         "params": ("params", "{:,.0f}".format),
         "accuracy": ("accuracy", lambda accuracy: f"{100 * accuracy:.2f} %"),
+        "agreement": ("agreement", lambda agreement: f"{100 * agreement:.2f} %"),
         "images_per_second": ("images/s", "{:,.0f}".format),
         "latency_ms": ("ms", "{:.2f}".format),
         "memory_mb": ("MB", "{:.1f}".format),

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from stitchable.cascade_stages import Costs
 from stitchable.costs import shared_flops
 from stitchable.evaluation import measure_batch, record_figures, run_batches
 from stitchable.fingerprints import Watch
-from stitchable.front import paired_interval
+from stitchable.front import Judgement, judge_two_fold, on_own_front, paired_interval
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
 from stitchable.model.routes import find_stitch
 from stitchable.plots import flops_unit
@@ -62,6 +62,58 @@ def find_cascades(
             labels per image, stitches without FLOPs, and of the data: as `evaluate`; logits that are not finite, images
             of one class, or fewer than two.
     """
+    return _search(model, batches, stitch_ids, dataset, split, seed)[0]
+
+
+def find_and_judge(
+    model: StitchableForImageClassification,
+    batches: Iterable[Any],
+    *,
+    dataset: str = "",
+    split: str = "",
+    seed: int = 0,
+    metric: Literal["accuracy", "agreement"] = "accuracy",
+) -> tuple[list[dict[str, Any]], Judgement | None, Judgement | None]:
+    """As `find_cascades`, and two-fold from the same pass, what the stitches alone and all together are worth.
+
+    Args:
+        model: as for `find_cascades`, its anchors untouched; like the others.
+        batches: see there.
+        dataset: see there.
+        split: see there.
+        seed: see there.
+        metric: what the labels make it; "agreement" where they are the answers of the largest anchor.
+
+    Returns:
+        The cascades, and the judgements of the stitches and of stitches and cascades against the anchors; None where
+        there are not two anchors of which the dearer is the better.
+
+    Raises:
+        ValueError: as `find_cascades`.
+    """
+    cascades, found, ids = _search(model, batches, None, dataset, split, seed, metric)
+    places = [place for place, i in enumerate(ids) if find_stitch(model.stitches, i).is_anchor]
+    accuracies = [find_stitch(model.stitches, ids[place]).metrics["accuracy"] for place in places]
+    if metric == "agreement":
+        _call_it_agreement(model)
+        cascades = model.config.cascades
+    anchors = (found.stitches[0].of(places), found.stitches[1].of(places))
+    if len(on_own_front(anchors[0].flops, accuracies)) < 2:
+        return cascades, None, None
+    stitches, together = (judge_two_fold(half, anchors, accuracies) for half in (found.stitches, found.cascades))
+    return cascades, stitches, together
+
+
+def _search(
+    model: StitchableForImageClassification,
+    batches: Iterable[Any],
+    stitch_ids: Sequence[int] | None,
+    dataset: str,
+    split: str,
+    seed: int,
+    metric: str = "accuracy",
+) -> tuple[list[dict[str, Any]], TwoFold, list[int]]:
+    """The cascades, which the model has then, all that was found, and the ids of the stitches."""
     ids = _ids(model, stitch_ids)
     flops = [find_stitch(model.stitches, stitch_id).flops for stitch_id in ids]
     watched = Watch(batches, model.config)
@@ -71,9 +123,19 @@ def find_cascades(
         found = search_two_fold(logits, labels, costs, seed=seed)
     facts = {"images": len(labels), "dataset": dataset, "split": split}
     cascades = [{"id": place, **entry, **facts} for place, entry in enumerate(_kept(found, costs, ids))]
-    _warn(cascades, found, watched, len(labels))
+    _warn(cascades, found, watched, len(labels), metric)
     model.cascades = cascades
-    return cascades
+    return cascades, found, ids
+
+
+def _call_it_agreement(model: StitchableForImageClassification) -> None:
+    """Rename what was measured, so that nobody takes it for accuracy."""
+    for stitch in model.stitches:
+        model.record(stitch.id, metrics={"agreement": stitch.metrics["accuracy"]})
+    model.cascades = [
+        {**cascade, "metrics": {"agreement": cascade["metrics"]["accuracy"], "gain": cascade["metrics"]["gain"]}}
+        for cascade in model.config.cascades
+    ]
 
 
 def _ids(model: StitchableForImageClassification, stitch_ids: Sequence[int] | None) -> list[int]:
@@ -95,12 +157,14 @@ def _ids(model: StitchableForImageClassification, stitch_ids: Sequence[int] | No
 def cascade_table(cascades: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of cascades as `find_cascades` returns them, and what its figures are.
 
-    Accuracies and gains are in percent and points, FLOPs are multiply-adds plus normalisation terms.
+    Where no labels were at hand, they have an agreement with the largest anchor in the place of an accuracy. Figures
+    and gains are in percent and points, FLOPs are multiply-adds plus normalisation terms.
     """
     if not cascades:
         return "no cascade is better than the best stitch of its cost"
     unit, divisor = flops_unit(max(cascade["max_flops"] for cascade in cascades))
-    header = ["id", "stages", f"{unit}, mean", "at most", "accuracy", "gain", "interval of the gain"]
+    metric = "accuracy" if "accuracy" in cascades[0]["metrics"] else "agreement"
+    header = ["id", "stages", f"{unit}, mean", "at most", metric, "gain", "interval of the gain"]
     rows = [header, ["---:", ":---", *["---:"] * 5]]
     for cascade in cascades:
         low, high = cascade["interval"]
@@ -110,7 +174,7 @@ def cascade_table(cascades: Sequence[Mapping[str, Any]]) -> str:
                 str(cascade["id"]),
                 stages_in_words(cascade["stages"]),
                 *(f"{cascade[name] / divisor:.3f}" for name in ("flops", "max_flops")),
-                f"{100 * metrics['accuracy']:.2f} %",
+                f"{100 * metrics[metric]:.2f} %",
                 f"{100 * metrics['gain']:+.2f}",
                 f"{100 * low:+.2f} to {100 * high:+.2f}",
             ]
@@ -249,14 +313,14 @@ def stages_of(candidate: Candidate, ids: Sequence[int], costs: Costs) -> list[di
     return stages
 
 
-def _warn(cascades: Sequence[dict[str, Any]], found: TwoFold, watched: Watch, num_images: int) -> None:
+def _warn(cascades: Sequence[dict[str, Any]], found: TwoFold, watched: Watch, num_images: int, metric: str) -> None:
     if watched.num_known:
         logger.warning(
             f"{watched.num_known} of the {num_images} images are among those that the model was trained on, where it "
             "is surer than it will be; find cascades on others"
         )
     best = max(found.candidates, key=lambda candidate: candidate.accuracy).accuracy
-    if not watched.has_fingerprints and best >= _SUSPICIOUS:
+    if metric == "accuracy" and not watched.has_fingerprints and best >= _SUSPICIOUS:
         logger.warning(
             f"{100 * best:.1f} % of the images are right, which is a lot: if the anchors were trained on them, "
             "thresholds will not hold on others"

@@ -76,6 +76,14 @@ class Half:
     chosen_by: Floats
     correct: Callable[[int], npt.NDArray[np.bool_]]
 
+    def of(self, networks: Sequence[int]) -> "Half":
+        """The half with some of its networks."""
+        return Half(
+            self.flops[list(networks)],
+            self.chosen_by[list(networks)],
+            lambda index: self.correct(networks[index]),
+        )
+
     def within(self, flops: float) -> int:
         """The network that the other half chooses within a budget, the cheapest among equals.
 

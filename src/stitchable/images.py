@@ -68,6 +68,31 @@ def read_batches(
     return _batches(dataset, processor, wanted, read_label, batch_size, place)
 
 
+def why_no_labels(
+    source: str, config: StitchableConfig, *, split: str | None = None, label_column: str = "label"
+) -> str | None:
+    """Why data have no labels that are a model's classes; None where they have.
+
+    Args:
+        source: as for `read_batches`, like the others.
+        config: see there.
+        split: see there.
+        label_column: see there.
+    """
+    dataset = _open_data(source, split)
+    features = (dataset if dataset.features is not None else dataset._resolve_features()).features
+    feature = features.get(label_column)
+    if feature is None:
+        return f"{source} has no column {label_column!r}"
+    if isinstance(feature, ClassLabel) and len(feature.names) < 2:
+        return f"all images of {source} lie in one folder"
+    try:
+        _numbers(source, feature, config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _open_data(source: str, split: str | None) -> Any:
     is_folder = Path(source).is_dir()
     if not is_folder and (Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/"))):

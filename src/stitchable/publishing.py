@@ -33,6 +33,7 @@ from stitchable.model import modeling_stitchable
 from stitchable.model.architectures import OWN_CLASSES
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+from stitchable.model.routes import measured_by
 from stitchable.model.shards import WEIGHTS
 from stitchable.processing import image_processor, load_image_processor
 from stitchable.tables import plot
@@ -150,7 +151,7 @@ def _leads_outside(path: Path, folder: Path) -> bool:
 
 def _write_results(model: StitchablePreTrainedModel, folder: Path) -> None:
     """Write the figure of the stitch table, and the headline results."""
-    if any("accuracy" in stitch.metrics for stitch in model.stitches):
+    if any(measured_by(model.stitches) in stitch.metrics for stitch in model.stitches):
         plot(model).savefig(folder / FIGURE)
     for name, content in eval_results_files(model.stitches, Card.of(model.config, "").dataset).items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -55,9 +55,15 @@ def select(
 
     Raises:
         ValueError: neither or both of `number` and `spacing`, or one that keeps nothing; stitches without FLOPs, a
-            model without stitches between anchors, no images, or images of another size than the model's.
+            model that lacks an anchor, no images, or images of another size than the model's.
     """
-    groups = _groups(_promising(model), number, spacing)
+    among = promising(model)
+    if not among:
+        raise ValueError(
+            "no stitch of this model is cheaper than the dearest of its anchors, so none is worth keeping; keep the "
+            "anchors alone"
+        )
+    groups = _groups(among, number, spacing)
     scores = score_stitches(model, batches, [stitch.id for group in groups for stitch in group])
     # Better when it is higher, or else lower.
     sign = 1 if score == "agreement" else -1
@@ -65,6 +71,25 @@ def select(
         max(group, key=lambda stitch: (sign * scores[stitch.id][score], -(stitch.flops or 0))).id for group in groups
     }
     return keep_stitches(model, best | {stitch.id for stitch in model.stitches if stitch.is_anchor})
+
+
+def promising(model: StitchableForImageClassification) -> list[Stitch]:
+    """The stitches that are cheaper than the dearest of their anchors; a dearer one could only be worse than that.
+
+    Raises:
+        ValueError: stitches without FLOPs, or a model that lacks one of their anchors.
+    """
+    unknown = [stitch.id for stitch in model.stitches if stitch.flops is None]
+    if unknown:
+        raise ValueError(f"nobody has counted the FLOPs of stitch {unknown[0]}; stitchable.update_costs(model) does")
+    stitches = [stitch for stitch in model.stitches if not stitch.is_anchor]
+    anchors = {stitch.route[0].anchor: stitch.flops or 0 for stitch in model.stitches if stitch.is_anchor}
+    missing = {segment.anchor for stitch in stitches for segment in stitch.route} - set(anchors)
+    if missing:
+        raise ValueError(
+            f"stitches are compared with their anchors, and anchor {min(missing)} was left out of this model"
+        )
+    return [s for s in stitches if (s.flops or 0) < max(anchors[segment.anchor] for segment in s.route)]
 
 
 @torch.no_grad()
@@ -156,29 +181,6 @@ def keep_stitches(
     smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()}, assign=True)
     smaller.name_or_path, smaller.hub_arguments = model.name_or_path, dict(model.hub_arguments)
     return smaller.to(model.device).train(model.training)
-
-
-def _promising(model: StitchableForImageClassification) -> list[Stitch]:
-    """The stitches that are cheaper than the dearest of their anchors."""
-    unknown = [stitch.id for stitch in model.stitches if stitch.flops is None]
-    if unknown:
-        raise ValueError(f"nobody has counted the FLOPs of stitch {unknown[0]}; stitchable.update_costs(model) does")
-    stitches = [stitch for stitch in model.stitches if not stitch.is_anchor]
-    if not stitches:
-        raise ValueError("this model has no stitch between anchors to select from")
-    anchors = {stitch.route[0].anchor: stitch.flops or 0 for stitch in model.stitches if stitch.is_anchor}
-    missing = {segment.anchor for stitch in stitches for segment in stitch.route} - set(anchors)
-    if missing:
-        raise ValueError(
-            f"stitches are compared with their anchors, and anchor {min(missing)} was left out of this model"
-        )
-    cheaper = [s for s in stitches if (s.flops or 0) < max(anchors[segment.anchor] for segment in s.route)]
-    if not cheaper:
-        raise ValueError(
-            f"each of the {len(stitches)} stitches costs as much as the dearer of its anchors, so none is worth "
-            "keeping; keep the anchors alone"
-        )
-    return cheaper
 
 
 def _groups(stitches: Sequence[Stitch], number: int | None, spacing: float | None) -> list[list[Stitch]]:

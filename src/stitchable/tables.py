@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from stitchable.front import untouched_anchors
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
-from stitchable.model.routes import Stitch
+from stitchable.model.routes import Stitch, measured_by
 from stitchable.plots import plot_stitches, route_in_words
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def table(model: StitchablePreTrainedModel) -> "pd.DataFrame":
     return frame_of(model.stitches, short_names(model.config))
 
 
-def plot(model: StitchablePreTrainedModel, metric: str = "accuracy") -> "Figure":
+def plot(model: StitchablePreTrainedModel, metric: str | None = None) -> "Figure":
     """Draw a metric (in 0..1) over the FLOPs of all measured stitches of this model, anchors starred.
 
     The curve of the accuracy shows its cascades too, and the anchors as they were before training.
@@ -35,7 +35,9 @@ def plot(model: StitchablePreTrainedModel, metric: str = "accuracy") -> "Figure"
     """
     from stitchable.card import Card  # which shows this table
 
-    names = short_names(model.config)
+    names, metric = short_names(model.config), metric or measured_by(model.stitches)
+    if metric == "agreement":
+        return plot_stitches(model.stitches, names, metric, cascades=model.config.cascades)
     if metric != "accuracy":
         return plot_stitches(model.stitches, names, metric)
     untouched = untouched_anchors(model.stitches, Card.of(model.config, "").accuracy_before)

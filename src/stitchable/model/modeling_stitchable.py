@@ -43,6 +43,7 @@ from .routes import (
     check_cascades,
     find_cascade,
     find_stitch,
+    measured_by,
     why_not_joined,
     within,
 )
@@ -171,7 +172,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         params: float | None = None,
         latency_ms: float | None = None,
         memory_mb: float | None = None,
-        metric: str = "accuracy",
+        metric: str | None = None,
     ) -> Choice:
         """The best measured stitch or cascade within every bound given; changes nothing.
 
@@ -183,13 +184,15 @@ class StitchablePreTrainedModel(PreTrainedModel):
             params: upper bound on parameters, of the stitch alone.
             latency_ms: upper bound on milliseconds per call, as `stitchable.calibrate` predicted them.
             memory_mb: upper bound on the peak of memory of a call, in 10^6 bytes, predicted likewise.
-            metric: which measured figure to maximise. Where none was measured, the largest FLOPs win.
+            metric: which measured figure to maximise; None for accuracy, or where nobody had labels, agreement with the
+                largest anchor. Where none was measured, the largest FLOPs win.
 
         Raises:
             ValueError: no bound, a bound that is no positive number, or nothing within them (names the cheapest).
         """
         bounds = {"flops": flops, "mean_flops": mean_flops, "params": params, "latency_ms": latency_ms}
         choices, bounds["memory_mb"] = (*self.stitches, *self.cascades), memory_mb
+        metric = metric or measured_by(choices)
         best, affordable = best_within(choices, metric=metric, **bounds), within(choices, **bounds)
         unmeasured = sum(metric not in choice.metrics for choice in affordable)
         if unmeasured:

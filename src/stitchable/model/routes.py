@@ -388,7 +388,13 @@ def find_cascade(cascades: Sequence[Cascade], cascade_id: Any, stitches: Sequenc
     return found
 
 
-def best_within(choices: Sequence[Choice], *, metric: str = "accuracy", **bounds: float | None) -> Choice:
+def measured_by(choices: Sequence[Choice]) -> str:
+    """What choices go by: "accuracy", or where nobody had labels for that, "agreement" with the largest anchor."""
+    known = {name for choice in choices for name in choice.metrics}
+    return "agreement" if "agreement" in known and "accuracy" not in known else "accuracy"
+
+
+def best_within(choices: Sequence[Choice], *, metric: str | None = None, **bounds: float | None) -> Choice:
     """The choice with the highest `metric` within every bound; of equals, and where none is measured, see below.
 
     Of equals the one with fewer mean FLOPs; where none within the bounds was measured, that with the most.
@@ -396,6 +402,7 @@ def best_within(choices: Sequence[Choice], *, metric: str = "accuracy", **bounds
     Raises:
         ValueError: as `within`, or a metric that nothing has although others were measured, or that falls.
     """
+    metric = metric or measured_by(choices)
     if metric == "loss":
         raise ValueError("a budget maximises its metric, and a loss is better when it is lower; choose another")
     known = {name for choice in choices for name in choice.metrics}

@@ -56,7 +56,9 @@ def test_two_files_and_labelled_images_become_a_repository(anchors, tmp_path) ->
     lines: list[str] = []
     plan = Plan(anchors, pictures(tmp_path / "pictures", 90))
     model = make(plan, tmp_path / "elastic", minutes=0.5, say=lines.append)
-    assert [line.split(":")[0] for line in lines[: len(STEPS)]] == [f"{i}/7 {name}" for i, name in enumerate(STEPS, 1)]
+    assert [line.split(":")[0] for line in lines[: len(STEPS)]] == [
+        f"{i}/{len(STEPS)} {name}" for i, name in enumerate(STEPS, 1)
+    ]
     assert "60 images make the model, 30 measure it" in lines[1]
     assert "no labels" not in lines[1]
     assert all("left" in line for line in lines[: len(STEPS) - 1])
@@ -108,7 +110,7 @@ def test_without_labels_nothing_is_called_accuracy(classes, anchors, tmp_path, c
 def test_an_interrupted_run_goes_on_where_it_was(anchors, tmp_path) -> None:
     plan = Plan(anchors, pictures(tmp_path / "pictures", 90))
     whole = make(plan, tmp_path / "whole")
-    for number in (0, 2, 5):
+    for number in (0, 2, len(STEPS) - 2):
         lines: list[str] = []
 
         def interrupt(line: str, last: str = f"{number + 1}/") -> None:
@@ -210,7 +212,7 @@ def test_the_command_takes_files_and_names(tmp_path) -> None:
     both = ["--architecture", "test_vit", "--architecture", "test_vit2"]
     result = CliRunner().invoke(app, ["make", *files, *both, *arguments])
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("1/7 build: ")
+    assert result.stdout.startswith("1/6 build: ")
     assert "of test_vit, test_vit2" in result.stdout
     result = CliRunner().invoke(app, ["make", "test_vit", "someone/tiny", *both[:2], *arguments])
     assert "0 files, 1 architectures; timm names and ids on the Hub need none" in result.stderr

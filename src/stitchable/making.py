@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from stitchable.anchors import AnchorLike
 from stitchable.building import from_anchors
@@ -40,7 +39,7 @@ from stitchable.selection import keep_stitches, promising, select
 UNFINISHED = "unfinished"
 """The folder in the output that an interrupted run goes on from."""
 
-_FIT_ON, _SCORE_ON, _CALIBRATE_ON = 100, 300, 2000  # images
+_FIT_ON, _SCORE_ON = 100, 300  # images
 _MOST_BYTES = 2_000_000_000  # of pixel values that are held in memory
 _FEWEST_IMAGES = 24
 _BATCH = 64
@@ -192,6 +191,10 @@ class Run:
         """What is measured."""
         return "agreement" if self.facts["without_labels"] else "accuracy"
 
+    def seconds_for(self, name: str) -> float:
+        """What the next step may take, so that there is time for those behind it."""
+        return 60 * self.minutes - self.seconds - sum(self.estimate(x) for x in STEPS if x not in (*self.done, name))
+
     def seconds_left(self) -> float:
         """What the steps that are not finished are going to take, by the time of one image through all anchors."""
         return sum(self.estimate(name) for name in STEPS if name not in self.done)
@@ -204,9 +207,8 @@ class Run:
         if name == "select":
             return each * _SCORE_ON * len(promising(self.model))
         if name == "teach":
-            return each * len(taught) * self.facts.get("steps", 0) * _BATCH * (1 + _BACKWARD)
-        if name == "recalibrate":
-            return each * len(taught) * 3 * min(_CALIBRATE_ON, len(self.images.pixel_values)) if _OWN else 0.0
+            updates = len(taught) * self.facts.get("steps", 0) if _CAN_TEACH else 0
+            return each * updates * _BATCH * (1 + _BACKWARD)
         if name == "measure":
             return each * sum(map(len, (batch["labels"] for batch in self.images.held_out))) * (3 + len(taught))
         return each * 60  # to calibrate: rounds of single images
@@ -315,7 +317,7 @@ def select_stitches(run: Run) -> str:
         return "no stitch is cheaper than the dearer of its anchors; the anchors stay"
     pairs = {tuple(segment.anchor for segment in stitch.route) for stitch in among}
     each = run.facts["seconds_per_image"] * _BATCH * (1 + _BACKWARD)
-    steps = max(0.0, 60 * run.minutes - run.seconds - run.seconds_left()) / each
+    steps = max(0.0, 60 * run.minutes - run.seconds - run.seconds_left()) / each  # the teaching is none of these yet
     number = max(len(pairs), min(_STITCHES, int(steps / _FEWEST_STEPS)))
     all_of_them = len(run.model.stitches)
     run.model = select(run.model, run.images.batches(_SCORE_ON), number=number)
@@ -324,55 +326,39 @@ def select_stitches(run: Run) -> str:
     return f"{len(kept)} of {all_of_them - len(anchors)} stitches, nearest to the anchor at their end: {kept}"
 
 
-_OWN = find_spec("stitchable.training.own") is not None
+_CAN_TEACH = find_spec("stitchable.training.tuning") is not None
 
 
 def teach(run: Run) -> str:
-    """Each stitch, by the anchor at its end, what is its own; the anchors stay as they are."""
-    if not _OWN or not run.facts["steps"]:
-        return "no time for it, the stitches stay as least squares made them" if _OWN else "nothing"
-    from stitchable.training.own import (  # type: ignore[import-untyped]
-        Teaching,
-        augmented,
-        teach_stitches,
-    )
+    """Each stitch, by the anchor at its end, what is its own, where that helps; the anchors stay as they are."""
+    if not (_CAN_TEACH and run.facts["steps"]):
+        return "nothing, the stitches stay as least squares made them"
+    from stitchable.training.own import Teaching  # type: ignore[import-untyped]
+    from stitchable.training.tuning import tune  # type: ignore[import-untyped]
 
-    images, taught = run.images, 0
-    batch_size = min(_BATCH, len(images.pixel_values))
-    batches = augmented(images.pixel_values, images.labels, run.model.config, batch_size)
-    teaching, end = Teaching(steps=run.facts["steps"]), time.monotonic() + 60 * run.minutes - run.seconds
-    for stitch_id in run.facts["to_teach"]:
+    images, teaching, wanted = run.images, Teaching(steps=run.facts["steps"]), run.facts["to_teach"]
+    size = min(_BATCH, len(images.pixel_values) - len(images.pixel_values) // 5)
+    end, slowest = time.monotonic() + run.seconds_for("teach"), 0.0
+    scores: dict[int, tuple[float, float]] = {}
+    for stitch_id in wanted:
         start = time.monotonic()
-        teach_stitches(run.model, batches, [stitch_id], teaching, folder=run.work / "taught")
-        taught += 1
-        if time.monotonic() + (time.monotonic() - start) > end:
+        if start + slowest > end:
             break
-    known = [{"pixel_values": batch} for batch in images.batches(len(images.pixel_values))]
-    remember(run.model.config, known)
-    late = len(run.facts["to_teach"]) - taught
-    said = f"; no time for the other {late}, which stay as least squares made them" if late else ""
-    return f"{taught} stitches, {teaching.steps} updates each{said}"
-
-
-def recalibrate(run: Run) -> str:
-    """Statistics of batch norms of each stitch's own, where that helps."""
-    if not (_OWN and run.facts["to_teach"] and any(isinstance(m, _BatchNorm) for m in run.model.modules())):
-        return "nothing"
-    from stitchable.training.own import recalibrate_batch_norms
-
-    pixel_values = run.images.pixel_values[:_CALIBRATE_ON]
-    labels = run.images.labels
-    batches = [{"pixel_values": x} for x in pixel_values.split(_BATCH)]
-    for batch, of_batch in zip(batches, (labels if labels is not None else pixel_values).split(_BATCH), strict=False):
-        batch |= {} if labels is None else {"labels": of_batch}
-    scores = recalibrate_batch_norms(run.model, batches)
+        arguments = images.pixel_values, images.labels, [stitch_id], teaching
+        scores |= tune(run.model, *arguments, batch_size=size, folder=run.work / "taught")
+        slowest = max(slowest, time.monotonic() - start)
+    remember(run.model.config, images.batches(len(images.pixel_values)))
+    late = len(wanted) - len(scores)
     helped = sum(after > before for before, after in scores.values())
-    return f"statistics of their own help {helped} of {len(scores)} stitches"
+    said = f"; no time for the other {late}, which stay as least squares made them" if late else ""
+    return f"{len(scores)} stitches, {teaching.steps} updates each, better on other images: {helped}{said}"
 
 
 def measure(run: Run) -> str:
     """Every stitch on the images held out, and cascades of them; what the front is worth against the null line."""
     dataset, split = run.facts["dataset"], run.plan.split or ""
+    for stitch in run.model.stitches:  # what the teaching measured to see what helps
+        run.model.record(stitch.id, metrics={})
     found = find_and_judge(run.model, run.images.held_out, dataset=dataset, split=split, metric=run.metric)
     cascades, *judged = found
     run.facts["summary"] = summary(run, *judged)
@@ -390,7 +376,6 @@ STEPS: dict[str, Callable[[Run], str]] = {
     "fit": fit,
     "select": select_stitches,
     "teach": teach,
-    "recalibrate": recalibrate,
     "measure": measure,
     "calibrate": predict_latency,
 }

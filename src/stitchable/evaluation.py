@@ -219,7 +219,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def run_stitches(
-    model: StitchableForImageClassification, pixel_values: torch.Tensor, stitch_ids: Iterable[int]
+    model: StitchableForImageClassification, pixel_values: torch.Tensor, stitch_ids: Sequence[int]
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Logits (N, num_labels) of each stitch, in an order that lets common beginnings run once.
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -326,15 +325,12 @@ def select_stitches(run: Run) -> str:
     return f"{len(kept)} of {all_of_them - len(anchors)} stitches, nearest to the anchor at their end: {kept}"
 
 
-_CAN_TEACH = find_spec("stitchable.training.tuning") is not None
-
-
 def teach(run: Run) -> str:
     """Each stitch, by the anchor at its end, what is its own, where that helps; the anchors stay as they are."""
-    if not (_CAN_TEACH and run.facts["steps"]):
+    if not run.facts["steps"]:
         return "nothing, the stitches stay as least squares made them"
-    from stitchable.training.own import Teaching  # type: ignore[import-untyped]
-    from stitchable.training.tuning import tune  # type: ignore[import-untyped]
+    from stitchable.training.own import Teaching
+    from stitchable.training.tuning import tune
 
     images, teaching, wanted = run.images, Teaching(steps=run.facts["steps"]), run.facts["to_teach"]
     size = min(_BATCH, len(images.pixel_values) - len(images.pixel_values) // 5)

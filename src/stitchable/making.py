@@ -206,7 +206,7 @@ class Run:
         if name == "select":
             return each * _SCORE_ON * len(promising(self.model))
         if name == "teach":
-            updates = len(taught) * self.facts.get("steps", 0) if _CAN_TEACH else 0
+            updates = len(taught) * self.facts.get("steps", 0)
             return each * updates * _BATCH * (1 + _BACKWARD)
         if name == "measure":
             return each * sum(map(len, (batch["labels"] for batch in self.images.held_out))) * (3 + len(taught))

@@ -30,7 +30,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from report import write_report
 from safetensors.torch import save_file
-from stitchable.training.sources import load_data
 
 import stitchable
 from stitchable import StitchableForImageClassification
@@ -40,7 +39,7 @@ from stitchable.cascades import LogitFile, measure_logits, stages_of
 from stitchable.costs import shared_flops
 from stitchable.front import Half, judge_two_fold, paired_interval
 from stitchable.processing import image_processor
-from stitchable.training.data import make_processor, make_test_loader
+from stitchable.training.data import load_data, make_processor, make_test_loader
 from stitchable.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]

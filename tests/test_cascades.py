@@ -321,11 +321,14 @@ def test_one_pass_gives_cascades_and_what_evaluate_gives(said) -> None:
         logits = {i: model(x, stitch_id=i).logits.numpy() for i in ids}
     for place, cascade in enumerate(found):
         assert (cascade["id"], cascade["images"], cascade["dataset"], cascade["split"]) == (place, 299, "noise", "test")
-        known = [{key: x for key, x in stage.items() if key != "flops"} for stage in cascade["stages"]]
+        known = [{k: x for k, x in stage.items() if k not in ("flops", "reached")} for stage in cascade["stages"]]
         stages = [Stage(**{**stage, "stitch": ids.index(stage["stitch"])}) for stage in known]
         check_stages(stages, costs.flops)
         run = run_cascade(stages, [logits[i] for i in ids], costs)
         assert run.flops.mean() == pytest.approx(cascade["flops"], rel=0.01)  # float16 may send another image on
+        for stage, reached in zip(cascade["stages"], (run.stages >= i for i in range(3)), strict=False):
+            assert stage["reached"] == pytest.approx(reached.mean(), abs=0.01)
+        assert sum(s["reached"] * s["flops"] for s in cascade["stages"]) == pytest.approx(cascade["flops"])
         low, high = cascade["interval"]
         assert low <= cascade["metrics"]["gain"] <= high
         assert cascade["max_flops"] >= cascade["flops"]

@@ -1,6 +1,7 @@
 """Predicted latency and memory: sums over routes, of whole and partial models, as budgets, beside what is measured."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from torch import nn
 
 from families import images, make
 from stitchable import StitchableForImageClassification, calibrate
+from stitchable.cascade_latency import latency_p95, mean_latency, send_on
 from stitchable.latency import _fit_lines
+from stitchable.model.cascades import run_cascade
+from stitchable.model.routes import Cascade, Stage
 
 
 class Slow(nn.Module):
@@ -169,3 +173,78 @@ def test_lines_are_those_of_weighted_least_squares() -> None:
     assert bent["max_error"] == pytest.approx(max(b - 1, 1 - 2 * b / 3), abs=1e-3)
     falling = _fit_lines({1: {0: 3.0}, 2: {0: 1.0}})["milliseconds"]["0"]
     assert falling[1] == 0.0
+
+
+def with_cascades(model: StitchableForImageClassification) -> None:
+    """A pair of the anchors, and with the stitch between them that begins with all blocks of the first."""
+    flops = [stitch.flops for stitch in model.stitches]
+    decides = {"score": "max_probability", "threshold": 0.5}
+    stages = [{"stitch": 0, "flops": flops[0], **decides}, {"stitch": 1, "flops": flops[1], "reached": 0.25}]
+    middle = {"stitch": 8, "flops": flops[8], "reached": 0.5, **decides}
+    model.cascades = [
+        {"id": 0, "stages": stages, "flops": 1.0, "max_flops": flops[0] + flops[1]},
+        {"id": 4, "stages": [stages[0], middle, stages[1]], "flops": 1.0, "max_flops": 3 * flops[1]},
+    ]
+
+
+def test_the_latency_of_a_cascade_is_that_of_its_stages_by_who_reaches_them(tmp_path) -> None:
+    model = make("vit")
+    slow_blocks(model, (0.004, 0.008))
+    with_cascades(model)
+    result = calibrate(model, num_runs=2, num_warmup_runs=0, num_verified=1)["cascades"]
+    pair, triple = model.cascades
+    (_, small), (_, middle), (_, large) = (line[1:] for line in result["stages"]["4"])
+    for milliseconds, expected in ((small, 24), (middle, 24), (large, 48)):
+        # The middle stage runs the last block of the second anchor, and none of the first, 24 that it begins with.
+        assert expected <= milliseconds <= 1.6 * expected
+    assert [line[0] for line in result["stages"]["4"]] == [1.0, 0.5, 0.25]
+    assert pair.latency_ms == pytest.approx(small + 0.25 * large, abs=0.01)
+    assert pair.latency_p95_ms == pytest.approx(small + large, abs=0.01)
+    assert triple.latency_ms == pytest.approx(small + 0.5 * middle + 0.25 * large, abs=0.01)
+    ((number, (predicted, measured)),) = result["verified"].items()
+    assert int(number) in (0, 4)
+    assert 24 <= measured <= 96
+    assert result["max_error"] == result["median_error"] == pytest.approx(abs(predicted / measured - 1), abs=1e-4)
+    assert model.find(latency_ms=1e6).latency_ms is not None
+    model.config.save_pretrained(tmp_path)
+    assert type(model.config).from_pretrained(tmp_path).cascades == model.config.cascades
+
+
+def test_the_mean_of_a_batch_counts_whether_anyone_goes_on(tmp_path) -> None:
+    model = make("vit")
+    with_cascades(model)
+    result = calibrate(model, batch_sizes=[8, 1, 4], num_runs=1, num_warmup_runs=0, num_verified=2)["cascades"]
+    pair = model.cascades[0]
+    (_, a, b), (_, c, d) = result["stages"]["0"]
+    assert pair.latency_ms == pytest.approx(a + 8 * b + (1 - 0.75**8) * c + 8 * 0.25 * d, rel=1e-3)
+    assert pair.latency_p95_ms is None
+    # Two of eight images go on, and that is what is measured.
+    assert result["verified"]["0"][0] == pytest.approx(a + 8 * b + c + 2 * d, rel=1e-3)
+    assert result["verified"]["0"][1] > 0
+    calibrate(model, num_runs=1, num_warmup_runs=0, num_verified=0)
+    assert model.cascades[0].latency_p95_ms > model.cascades[0].latency_ms
+    calibrate(model, batch_sizes=[2], num_runs=1, num_warmup_runs=0, num_verified=0)
+    assert model.cascades[0].latency_p95_ms is None
+
+
+@torch.no_grad()
+def test_so_many_images_go_on_as_are_sent() -> None:
+    model = make("vit")
+    with_cascades(model)
+    x = images("vit", 8)
+    for counts in ([8, 3, 1], [8, 8, 0], [8, 8, 8], [8, 0, 0], [8, 5, 5]):
+        ids = run_cascade(model, x, send_on(model, model.cascades[1], x, counts)).stitch_ids.tolist()
+        assert [sum(i in later for i in ids) for later in ([0, 8, 1], [8, 1], [1])] == counts
+
+
+def test_95_of_100_calls_by_hand() -> None:
+    stages = tuple(
+        Stage(i, 1.0, *(("margin", 0.5) if i < 2 else ()), reached=part) for i, part in enumerate((1.0, 0.2, 0.04))
+    )
+    lines = [[1.0, 2.0], [0.0, 4.0], [10.0, 0.0]]
+    cascade = Cascade(0, stages, 1.0, 1.0)
+    assert latency_p95(cascade, lines) == 3 + 4
+    assert mean_latency(cascade, lines, 1) == pytest.approx(3 + 0.2 * 4 + 0.04 * 10)
+    assert mean_latency(cascade, lines, 10) == pytest.approx(21 + 10 * 0.2 * 4 + (1 - 0.96**10) * 10)
+    often = replace(stages[2], reached=0.06)
+    assert latency_p95(replace(cascade, stages=(*stages[:2], often)), lines) == 3 + 4 + 10

@@ -243,6 +243,7 @@ def test_threads_get_the_cascade_they_ask_for() -> None:
         (lambda c: c["stages"][-1].update(threshold=0.5, score="margin"), "each but the last a threshold"),
         (lambda c: c["stages"][0].update(score="entropy"), "score must be one of 'max_probability', 'margin'"),
         (lambda c: c["stages"][0].update(temperature=0.0), "temperature and flops must be finite and above 0"),
+        (lambda c: c["stages"][0].update(reached=1.5), r"reached from 0 to 1: 1\.0, .*, 1\.5"),
         (lambda c: c["stages"].reverse(), "each but the last a threshold"),
         (lambda c: c["stages"][0].update(stitch=c["stages"][-1]["stitch"]), "different stitches"),
         (lambda c: c["stages"][0].update(stitch=77), r"stages \[77, .*known stitches of growing cost"),

@@ -9,7 +9,7 @@ https://arxiv.org/abs/2509.08318.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,12 +48,14 @@ class Candidate:
         flops: mean FLOPs per image.
         max_flops: of an image that runs all stages.
         accuracy: top-1 in 0..1.
+        reached: the part of the images that reach each stage, 1 of the first.
     """
 
     stages: tuple[Stage, ...]
     flops: float
     max_flops: float
     accuracy: float
+    reached: tuple[float, ...] = ()
 
     @property
     def is_cascade(self) -> bool:
@@ -69,11 +71,13 @@ class TwoFold:
         candidates: the front on all images, the cheapest first. Its accuracies are those of the images that chose.
         cascades: both halves with all that the other half found.
         stitches: both halves with the stitches alone.
+        choices: what the indices of `cascades` are, for each half.
     """
 
     candidates: list[Candidate]
     cascades: tuple[Half, Half]
     stitches: tuple[Half, Half]
+    choices: tuple[list[Candidate], list[Candidate]]
 
     def within(self, flops: float) -> tuple[Bools, Bools]:
         """Which images are right within a mean budget, (N,) each: with cascades, and with stitches alone."""
@@ -119,6 +123,7 @@ def search_two_fold(logits: Logits, labels: npt.NDArray[Any], costs: Costs, *, s
         everything,
         (_half(tables[0], found[1], costs), _half(tables[1], found[0], costs)),
         (_half_alone(tables[0], tables[1], costs), _half_alone(tables[1], tables[0], costs)),
+        (found[1], found[0]),
     )
 
 
@@ -179,12 +184,18 @@ class _Table:
             self._means[first, second] = answers == self.labels
         return self._means[first, second]
 
-    def run(self, candidate: Candidate, costs: Costs) -> tuple[Bools, Floats]:
-        """Which images (N,) a cascade has right, and the FLOPs of each: `run_cascade` from what is known already."""
+    def run(self, candidate: Candidate, costs: Costs) -> tuple[Bools, Floats, tuple[float, ...]]:
+        """`run_cascade` from what is known already.
+
+        Returns:
+            Which images (N,) a cascade has right, the FLOPs of each, and the part of them that reach each stage.
+        """
+        reached = []
         correct, flops = np.zeros(len(self.labels), dtype=bool), np.zeros(len(self.labels))
         undecided = np.ones(len(self.labels), dtype=bool)
         for place, stage in enumerate(candidate.stages):
             earlier = candidate.stages[:place]
+            reached.append(float(undecided.mean()))
             right = self.correct[stage.stitch]
             if stage.combine == "mean":
                 # The threshold is no part of the key, so that all of a pair share one mean.
@@ -193,7 +204,7 @@ class _Table:
             flops[undecided] += costs.added(stage.stitch, [other.stitch for other in earlier])
             if stage.score is not None:
                 undecided &= self.scores(stage.stitch, stage.temperature, stage.score).astype(float) < stage.threshold
-        return correct, flops
+        return correct, flops, tuple(reached)
 
 
 def _undecided(stage: Stage) -> Stage:
@@ -279,7 +290,7 @@ def _search(table: _Table, costs: Costs) -> list[Candidate]:
         _add_mean(table, pair, second, front)
         for score in SCORES:
             _add_triples(table, costs, kept, pair, second._replace(score=score), reached, front)
-    return front.candidates(costs)
+    return [replace(found, reached=table.run(found, costs)[2]) for found in front.candidates(costs)]
 
 
 def _promising(accuracies: Floats, costs: Costs) -> npt.NDArray[Any]:
@@ -400,7 +411,7 @@ def _add_triples(
 def _half(table: _Table, found: Sequence[Candidate], costs: Costs) -> Half:
     runs = [table.run(candidate, costs) for candidate in found]
     return Half(
-        np.array([flops.mean() for _, flops in runs]),
+        np.array([flops.mean() for _, flops, _ in runs]),
         np.array([candidate.accuracy for candidate in found]),
         lambda index: runs[index][0],
     )

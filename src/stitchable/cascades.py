@@ -302,11 +302,12 @@ def _kept(found: TwoFold, costs: Costs, ids: Sequence[int]) -> Iterator[dict[str
 
 
 def stages_of(candidate: Candidate, ids: Sequence[int], costs: Costs) -> list[dict[str, Any]]:
-    """The stages in JSON types, as `config.json` has them: ids of stitches, and the FLOPs that each adds."""
+    """The stages in JSON types, as `config.json` has them: stitches by id, the FLOPs that each adds, who reaches it."""
     stages = []
     for place, stage in enumerate(candidate.stages):
         earlier = [before.stitch for before in candidate.stages[:place]]
         entry: dict[str, Any] = {"stitch": ids[stage.stitch], "flops": costs.added(stage.stitch, earlier)}
+        entry["reached"] = candidate.reached[place]
         if stage.score is not None:
             entry |= {"score": stage.score, "threshold": stage.threshold}
         stages.append({**entry, "temperature": stage.temperature, "combine": stage.combine})

@@ -1,10 +1,13 @@
-"""Latency and memory of every stitch, predicted: each block of each anchor is timed once, and routes are added up."""
+"""Latency and memory of every stitch, predicted: each block of each anchor is timed once, and routes are added up.
+
+So is the latency of the cascades, of their stages and the part of the images that reach each.
+"""
 
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,11 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
+from stitchable.cascade_latency import latency_p95, mean_latency, send_on, steps_of_stages, verify_cascades
 from stitchable.evaluation import evaluation_mode
+from stitchable.model.cascades import run_cascade
 from stitchable.model.chain import Flow, Part
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
-from stitchable.model.routes import Stitch
+from stitchable.model.routes import Choice
 from stitchable.timing import Clock, describe_device, measure_latencies, random_pixel_values, seconds_of
+
+C = TypeVar("C", bound=Choice)
 
 
 def calibrate(
@@ -39,18 +46,23 @@ def calibrate(
     the errors, into `config.latency`. Of several batch sizes, a line is fitted to the latencies of each stitch, for
     whoever has to choose the batch too: a call with n images takes a + b n milliseconds.
 
+    The latency of a cascade is a mean: its stages have such lines too (of one batch size, through 0), and a call with n
+    images takes the sum of a (1 - (1 - r)^n) + b r n over them, r being the part of the images that reach a stage. For
+    one image `latency_p95_ms` says besides within which time 95 % of the calls are answered.
+
     Args:
         model: as it will run: device, data type, number of threads, compiled blocks or not.
         batch_sizes: images per call; `latency_ms`, `memory_mb` and the errors are those of the first.
         num_runs: timed rounds, of which the median is taken.
         num_warmup_runs: rounds before them that are not timed.
-        num_verified: stitches that are measured as a whole, evenly over the FLOPs.
+        num_verified: stitches, and as many cascades, that are measured as a whole, evenly over the FLOPs.
 
     Returns:
         What `config.latency` holds: "device", "threads", "dtype", "torch", "batch_size" (the first), "compiled",
         "num_runs", "median_error" and "max_error" (parts of the measured latency), "verified" {id: [predicted,
         measured] in ms}; of several batch sizes also "by_batch": {"batch_sizes": [...], "milliseconds": {id: [a, b]},
-        "max_error": how far a line is from a latency that it was fitted to, as a part of this}.
+        "max_error": how far a line is from a latency that it was fitted to, as a part of this}. Where there are
+        cascades, "cascades": {"median_error", "max_error", "verified" as of stitches, "stages": {id: [[r, a, b]]}}.
 
     Raises:
         ValueError: a number that is too small, no batch size, or one twice.
@@ -62,7 +74,9 @@ def calibrate(
         )
     if not batch_sizes or len(set(batch_sizes)) < len(batch_sizes):
         raise ValueError(f"batch_sizes must be different numbers of images, at least one, got {list(batch_sizes)}")
-    latencies = {size: _predict(model, size, num_runs, num_warmup_runs, size == batch_sizes[0]) for size in batch_sizes}
+    latencies, stages = {}, {}
+    for size in batch_sizes:
+        latencies[size], stages[size] = _predict(model, size, num_runs, num_warmup_runs, size == batch_sizes[0])
     model.config.latency = {
         **describe_device(model),
         "batch_size": batch_sizes[0],
@@ -70,14 +84,15 @@ def calibrate(
         "num_runs": num_runs,
         **_verify(model, batch_sizes[0], num_runs, num_verified),
         **({"by_batch": _fit_lines(latencies)} if len(batch_sizes) > 1 else {}),
+        **({"cascades": _of_cascades(model, stages, num_runs, num_verified)} if model.cascades else {}),
     }
     return model.config.latency
 
 
 def _predict(
     model: StitchablePreTrainedModel, batch_size: int, num_runs: int, num_warmup_runs: int, is_recorded: bool
-) -> dict[int, float]:
-    """Milliseconds of a call of each stitch by id, and if asked for, these and the memory in the stitch table."""
+) -> tuple[dict[int, float], dict[str, float]]:
+    """Milliseconds of a call of each stitch by id, and of each stage by "CASCADE.STAGE"; records those of stitches."""
     with torch.inference_mode(), evaluation_mode(model):
         steps = _Measured(model, batch_size)
         steps.time(num_runs, num_warmup_runs)
@@ -86,7 +101,12 @@ def _predict(
     latencies = {stitch.id: steps.milliseconds_of(stitch.id) for stitch in model.stitches}
     for stitch_id, latency in latencies.items() if is_recorded else ():
         model.record(stitch_id, latency_ms=round(latency, 4), memory_mb=round(steps.megabytes_of(stitch_id), 3))
-    return latencies
+    stages = {
+        f"{cascade.id}.{place}": 1e3 * (steps.seconds_of_stage + sum(steps.seconds[step] for step in plan))
+        for cascade in model.cascades
+        for place, plan in enumerate(steps_of_stages(model, cascade))
+    }
+    return latencies, stages
 
 
 def _verify(model: StitchablePreTrainedModel, batch_size: int, num_runs: int, number: int) -> dict[str, Any]:
@@ -98,6 +118,10 @@ def _verify(model: StitchablePreTrainedModel, batch_size: int, num_runs: int, nu
         for stitch in model.stitches
         if stitch.id in measured
     }
+    return _errors(verified)
+
+
+def _errors(verified: dict[str, list[float]]) -> dict[str, Any]:
     errors = [abs(predicted / actual - 1) for predicted, actual in verified.values()]
     return {
         "median_error": round(statistics.median(errors), 4) if errors else None,
@@ -106,19 +130,49 @@ def _verify(model: StitchablePreTrainedModel, batch_size: int, num_runs: int, nu
     }
 
 
-def _fit_lines(latencies: Mapping[int, Mapping[int, float]]) -> dict[str, Any]:
-    """Lines a + b n through the milliseconds of each stitch, by least squares of the relative errors."""
+def _of_cascades(
+    model: StitchablePreTrainedModel, stages: Mapping[int, Mapping[str, float]], num_runs: int, num_verified: int
+) -> dict[str, Any]:
+    """Predict the latency of every cascade, write it into its entry, and measure a few."""
+    batch_size, *others = stages
+    if others:
+        fitted = _fit_lines(stages)["milliseconds"]
+    else:
+        fitted = {name: [0.0, round(milliseconds / batch_size, 4)] for name, milliseconds in stages[batch_size].items()}
+    lines = {x.id: [fitted[f"{x.id}.{place}"] for place in range(len(x.stages))] for x in model.cascades}
+    known = {
+        x.id: {"latency_ms": round(mean_latency(x, lines[x.id], batch_size), 4)}
+        | ({"latency_p95_ms": round(latency_p95(x, lines[x.id]), 4)} if batch_size == 1 else {})
+        for x in model.cascades
+    }
+    earlier = [{key: value for key, value in x.items() if key not in _LATENCIES} for x in model.config.cascades]
+    model.cascades = [{**entry, **known.get(entry["id"], {})} for entry in earlier]
+    chosen = _spread(model.cascades, num_verified)
+    return {
+        **_errors(verify_cascades(model, chosen, lines, batch_size=batch_size, num_runs=num_runs)),
+        "stages": {
+            str(x.id): [[stage.reached, *line] for stage, line in zip(x.stages, lines[x.id], strict=True)]
+            for x in model.cascades
+        },
+    }
+
+
+_LATENCIES = ("latency_ms", "latency_p95_ms")
+
+
+def _fit_lines(latencies: Mapping[int, Mapping[Any, float]]) -> dict[str, Any]:
+    """Lines a + b n through milliseconds by batch size and name, by least squares of the relative errors."""
     sizes = np.array(list(latencies), dtype=np.float64)
     lines, errors = {}, []
-    for stitch_id in latencies[next(iter(latencies))]:
-        milliseconds = np.array([latency[stitch_id] for latency in latencies.values()])
+    for name in latencies[next(iter(latencies))]:
+        milliseconds = np.array([latency[name] for latency in latencies.values()])
         design = np.stack([np.ones_like(sizes), sizes], axis=1) / milliseconds[:, None]
         a, b = np.linalg.lstsq(design, np.ones_like(sizes), rcond=None)[0]
         if a < 0 or b < 0:  # by noise: of the two lines with one of them zero, the better
             alone = [design[:, [column]] for column in (0, 1)]
             fits = [np.linalg.lstsq(each, np.ones_like(sizes), rcond=None) for each in alone]
             a, b = (fits[0][0][0], 0.0) if fits[0][1][0] < fits[1][1][0] else (0.0, fits[1][0][0])
-        lines[str(stitch_id)] = [round(float(a), 4), round(float(b), 4)]
+        lines[str(name)] = [round(float(a), 4), round(float(b), 4)]
         errors.append(np.abs((a + b * sizes) / milliseconds - 1).max())
     return {"batch_sizes": list(latencies), "milliseconds": lines, "max_error": round(float(max(errors)), 4)}
 
@@ -139,6 +193,7 @@ class _Measured:
     Attributes:
         seconds: of each step.
         seconds_of_call: what a call costs beyond its steps.
+        seconds_of_stage: what each stage of a cascade costs beyond its steps.
         activations: bytes of the tensors that are alive at the same time while a step runs, its input included.
         weights: bytes of each step's parameters and buffers.
     """
@@ -147,6 +202,7 @@ class _Measured:
     batch_size: int
     seconds: dict[Step, float] = field(default_factory=dict)
     seconds_of_call: float = 0.0
+    seconds_of_stage: float = 0.0
     activations: dict[Step, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -176,12 +232,14 @@ class _Measured:
         return [step._replace(own=-1) for step in self.model.steps(stitch_id)]
 
     def time(self, num_runs: int, num_warmup_runs: int) -> None:
-        """Fill `seconds` and `seconds_of_call`, by medians over rounds through everything."""
+        """Fill `seconds`, `seconds_of_call` and `seconds_of_stage`, by medians over rounds through everything."""
         anchors = [stitch for stitch in self.model.stitches if stitch.is_anchor]
         kinds = self._kinds_of_layers()
         chains = [*self.chains, *([self._step_of_layer(names[0])] for names in kinds.values())]
         rounds: dict[Step, list[float]] = {timed.step: [] for chain in chains for timed in chain}
         beyond: list[float] = []
+        of_cascade: list[float] = []
+        cascades = [send_on(self.model, x, self.pixel_values, [self.batch_size] * 9) for x in self.model.cascades[:1]]
         total = num_warmup_runs + num_runs
         for number in logging.tqdm(range(total), desc="timing the blocks of each anchor", leave=False):
             now: dict[Step, float] = {}
@@ -197,10 +255,17 @@ class _Measured:
                 beyond.append(
                     seconds_of(call, self.model.device) - sum(now[step] for step in self.model.steps(stitch.id))
                 )
+            for cascade in cascades:
+                of_cascade.append(
+                    seconds_of(partial(run_cascade, self.model, self.pixel_values, cascade), self.model.device)
+                )
         self.seconds = {step: statistics.median(seconds) for step, seconds in rounds.items()}
         for names in kinds.values():
             self.seconds |= {self.layers[name][0]: self.seconds[self.layers[names[0]][0]] for name in names}
         self.seconds_of_call = max(0.0, statistics.median(beyond)) if beyond else 0.0
+        for cascade in cascades:
+            of_steps = sum(self.seconds[step] for plan in steps_of_stages(self.model, cascade) for step in plan)
+            self.seconds_of_stage = max(0.0, statistics.median(of_cascade) - of_steps) / len(cascade.stages)
 
     def watch(self) -> None:
         """Fill `activations`."""
@@ -329,9 +394,9 @@ def _tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def _spread(stitches: Sequence[Stitch], number: int) -> list[Stitch]:
-    """So many stitches, evenly over their FLOPs."""
-    by_flops = sorted(stitches, key=lambda stitch: stitch.flops or 0)
+def _spread(choices: Sequence[C], number: int) -> list[C]:
+    """So many stitches or cascades, evenly over their FLOPs."""
+    by_flops = sorted(choices, key=lambda choice: choice.flops or 0)
     if number >= len(by_flops):
         return by_flops
     return [by_flops[(2 * index + 1) * len(by_flops) // (2 * number)] for index in range(number)]

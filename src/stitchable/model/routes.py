@@ -207,6 +207,7 @@ class Stage:
         temperature: of its logits.
         combine: what answers where this stage is the last to run: its logits, or the "mean" of logits / temperature
             over all stages that ran.
+        reached: the part of the images that get so far, where the thresholds were chosen.
     """
 
     stitch: int
@@ -215,13 +216,17 @@ class Stage:
     threshold: float | None = None
     temperature: float = 1.0
     combine: Literal["last", "mean"] = "last"
+    reached: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what no image could meet."""
         if (self.score is None) != (self.threshold is None) or not 0 <= (self.threshold or 0) <= 1:
             raise ValueError(f"a threshold is a number from 0 to 1 of a score, got {self.threshold} of {self.score}")
-        if not (0 < self.temperature < math.inf and 0 <= self.flops < math.inf):
-            raise ValueError(f"temperature and flops must be finite and above 0: {self.temperature}, {self.flops}")
+        if not (0 < self.temperature < math.inf and 0 <= self.flops < math.inf and 0 <= self.reached <= 1):
+            raise ValueError(
+                f"temperature and flops must be finite and above 0, reached from 0 to 1: "
+                f"{self.temperature}, {self.flops}, {self.reached}"
+            )
 
 
 @dataclass(frozen=True)
@@ -238,8 +243,8 @@ class Cascade:
         images: how many images decided.
         dataset: which.
         split: of the data set.
-        latency_ms: predicted milliseconds of one image on average.
-        latency_p95_ms: those that 95 % of the images stay below.
+        latency_ms: predicted milliseconds per call, on average.
+        latency_p95_ms: those that 95 % of the calls with one image stay within.
     """
 
     id: int

@@ -4,9 +4,9 @@ half of its FLOPs; where every image goes through both stages, that takes 1.05 o
     OMP_NUM_THREADS=1 python benchmarks/cascade_latency.py --data ../shared/data
 
 `--data` is the folder that holds `cifar10` and `cifar10_resnets`. Each half of the 10,000 test images chooses for the
-other the best cascade within half of ResNet-56's mean FLOPs, and is timed on images of that other half, in turns with
-ResNet-56: the ratio is that of the sums over turns, each call right after the call that it is compared with. Then two
-stitches run through a cascade that sends on every image, in turns with two calls by hand.
+other the best cascade within half of ResNet-56's mean FLOPs, and that is timed on images of this other half, in turns
+with ResNet-56: the ratio is that of the sums, since most images stop early and few take long. Then two stitches run
+through a cascade that sends on every image, in turns with two calls by hand: the median of the ratios.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from stitchable.cascades import stages_of
 from stitchable.costs import shared_flops
 from stitchable.front import halves
 
-NUM_IMAGES = {1: 400, 64: 1280}
+NUM_IMAGES = {1: 600, 64: 1280}
 """Of each half, by batch size: timed images."""
-NUM_TURNS = {1: 120, 64: 12}
+NUM_TURNS = {1: 200, 64: 24}
 """Of the overhead, by batch size."""
 RESNET_20, RESNET_56 = 0, 3
 
@@ -77,9 +77,9 @@ def against_resnet_56(
     for size, number in NUM_IMAGES.items():
         times = np.zeros(2)
         for place, part in enumerate(parts):
-            for images in pixels[part[:number]].split(size):
-                # Each call after an untimed one of its own kind, as where it is used again and again.
+            for count, images in enumerate(pixels[part[:number]].split(size)):
                 times += turn(
+                    count,
                     lambda images=images, place=place: model(images, cascade=place),
                     lambda images=images: model(images, stitch_id=RESNET_56),
                 )
@@ -115,28 +115,30 @@ def overhead_of(model: StitchableForImageClassification, pair: tuple[int, int], 
     ratios = {}
     for size, number in NUM_TURNS.items():
         times = []
-        for images in pixels[: number * size].split(size):
+        for count, images in enumerate(pixels[: number * size].split(size)):
             assert (model(images, cascade=0).stitch_ids == pair[1]).all()
             times.append(
                 turn(
+                    count,
                     lambda images=images: model(images, cascade=0),
                     lambda images=images: [model(images, stitch_id=i) for i in pair],
                 )
             )
-        ratios[f"batch_{size}"] = statistics.median(cascade / by_hand for cascade, by_hand in times)
+        ratios[f"batch_{size}"] = float(statistics.median(cascade / by_hand for cascade, by_hand in times))
     part = (flops[0] + added) / sum(flops)
     print(f"stitches {pair}, all images go on: {ratios}, {part:.3f} of the FLOPs of both")
     return {"stitches": list(pair), "part_of_flops": part, **ratios}
 
 
-def turn(*calls: Callable[[], Any]) -> np.ndarray:
-    """Seconds of each call, after an untimed one of its own."""
-    seconds = []
-    for call in calls:
+def turn(number: int, first: Callable[[], Any], second: Callable[[], Any]) -> np.ndarray:
+    """Seconds of two calls, each after an untimed one of its own, the one or the other first by turns."""
+    seconds = [0.0, 0.0]
+    for place in (0, 1) if number % 2 else (1, 0):
+        call = (first, second)[place]
         call()
         started = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - started)
+        seconds[place] = time.perf_counter() - started
     return np.array(seconds)
 
 

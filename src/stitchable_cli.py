@@ -344,10 +344,10 @@ def table(
     pareto: Annotated[bool, typer.Option("--pareto", help="Only stitches that no other beats.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the stitches of a model: routes, costs, measured figures."""
+    """Print the stitches of a model, then its cascades: routes or stages, costs, measured figures."""
     from stitchable import StitchableConfig, pareto_front
     from stitchable.card import Card, short_names, stitch_table
-    from stitchable.cascades import cascade_table
+    from stitchable.cascades import cascade_table, runnable
     from stitchable.front import in_words, judge_stitches
     from stitchable.model.routes import Stitch
 
@@ -359,14 +359,15 @@ def table(
     if not chosen:
         raise ValueError(f"no stitch of {model} has a measured accuracy; stitchable eval measures them")
     if as_json:
-        typer.echo(json.dumps([stitch.to_dict() for stitch in chosen], indent=1, allow_nan=False))
+        rows = [*(stitch.to_dict() for stitch in chosen), *runnable(config)]
+        typer.echo(json.dumps(rows, indent=1, allow_nan=False))
     else:
         typer.echo(stitch_table(chosen, short_names(config)))
         judged = judge_stitches(stitches, Card.of(config, "").accuracy_before)
         if judged:
             typer.echo(f"\n{in_words(judged)}")
-        if config.cascades:
-            typer.echo(f"\n{cascade_table(config.cascades)}")
+        if runnable(config):
+            typer.echo(f"\n{cascade_table(runnable(config))}")
 
 
 @command
@@ -378,6 +379,7 @@ def plot(
     """Draw accuracy against FLOPs of all stitches, the anchors starred."""
     from stitchable import StitchableConfig
     from stitchable.card import Card, short_names
+    from stitchable.cascades import runnable
     from stitchable.front import untouched_anchors
     from stitchable.model.routes import Stitch
     from stitchable.plots import plot_stitches
@@ -387,7 +389,7 @@ def plot(
         raise ValueError(f"{output} exists; choose another name, or remove it")
     stitches = [Stitch.from_dict(stitch) for stitch in config.stitches]
     untouched = untouched_anchors(stitches, Card.of(config, "").accuracy_before) if metric == "accuracy" else None
-    cascades = config.cascades
+    cascades = runnable(config)
     plot_stitches(stitches, short_names(config), metric, untouched=untouched, cascades=cascades).savefig(output)
     typer.echo(str(output))
 
@@ -405,9 +407,9 @@ def eval(  # the name of the command
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Measure top-1, top-5 and loss of every stitch over one pass of the data."""
-    from stitchable import evaluate
+    """Measure top-1, top-5 and loss of every stitch over one pass of the data, and the cascades that there are."""
     from stitchable.card import Card
+    from stitchable.cascades import evaluate_with_cascades
     from stitchable.publishing import card_of, processor_of, update_repository
 
     card_of(folder)  # refuses one that cannot be written anew before anything is measured
@@ -423,14 +425,16 @@ def eval(  # the name of the command
         batch_size=batch_size,
         seed=None,
     )
-    measured = evaluate(model, batches, _numbers(stitches, "--stitches"))
     dataset = Path(data).name if Path(data).is_dir() else data
+    ids = _numbers(stitches, "--stitches")
+    measured, of_cascades = evaluate_with_cascades(model, batches, ids, dataset=dataset, split=split or "")
     if (known.dataset, known.split) != (dataset, split or ""):
         for stitch in model.stitches:  # what was measured on other data does not stand beside it
             model.record(stitch.id, metrics=measured.get(stitch.id, {}))
     update_repository(model, folder, dataset=dataset, split=split or "")
     if as_json:
-        typer.echo(json.dumps(measured, indent=1, allow_nan=False))
+        shown: dict[Any, Any] = {**measured, **({"cascades": of_cascades} if of_cascades else {})}
+        typer.echo(json.dumps(shown, indent=1, allow_nan=False))
     else:
         _print_table(model)
 
@@ -493,7 +497,7 @@ def calibrate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Predict latency and memory of every stitch on this device, so that both can be budgets."""
+    """Predict latency and memory of every stitch on this device, and latency of cascades, to be used as budgets."""
     import torch
 
     import stitchable
@@ -514,33 +518,44 @@ def calibrate(
     result = stitchable.calibrate(running, batch_sizes=sizes, num_runs=num_runs)
     for stitch in running.stitches:  # the folder keeps the data type of its weights
         model.record(stitch.id, latency_ms=stitch.latency_ms, memory_mb=stitch.memory_mb)
-    model.config.latency = result
+    model.config.latency, model.cascades = result, running.config.cascades
     update_repository(model, folder)
     if as_json:
         typer.echo(json.dumps(result, indent=1, allow_nan=False))
     else:
         _print_table(model)
         typer.echo(f"predicted for {result['device']}, {result['dtype']}, batches of {result['batch_size']}")
-        if result["verified"]:
-            number, error = len(result["verified"]), 100 * result["median_error"]
-            typer.echo(f"of {number} stitches that were measured, the median error is {error:.1f} %")
+        for kind, facts in {"stitches": result, "cascades": result.get("cascades", {})}.items():
+            if facts.get("verified"):
+                number, error = len(facts["verified"]), 100 * facts["median_error"]
+                typer.echo(f"of {number} {kind} that were measured, the median error is {error:.1f} %")
 
 
 @command
 def extract(
     model: Source,
-    stitch_id: Annotated[int, typer.Argument(help="Which stitch.")],
-    output: Annotated[Path, typer.Argument(help="New folder.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="[STITCH_ID] OUTPUT", help="Which stitch, unless --cascade is given, and a new folder."),
+    ],
+    cascade: Annotated[int | None, typer.Option(help="Which cascade, in the place of a stitch.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Save one stitch as a checkpoint of its own, with only its weights."""
+    """Save one stitch or one cascade as a checkpoint of its own, with only its weights."""
     from stitchable.card import Card
     from stitchable.publishing import check_new_folder, processor_of, save_repository
 
+    if len(places) != (2 if cascade is None else 1):
+        raise ValueError(f"extract MODEL STITCH_ID OUTPUT, or MODEL OUTPUT --cascade ID; got {' '.join(places)!r}")
+    output = Path(places[-1])
     check_new_folder(output)
-    alone = _load(model, trust_remote_code, stitch_id=stitch_id)
+    part = {"cascade": cascade} if cascade is not None else {"stitch_id": _number(places[0])}
+    alone = _load(model, trust_remote_code, **part)
     save_repository(alone, output, processor_of(alone), Card.of(alone.config, output.resolve().name))
-    typer.echo(f"{output}: stitch {stitch_id}, {alone.stitch.params:,} parameters, {alone.stitch.flops:,} FLOPs")
+    chosen = alone.stitch if cascade is None else next(x for x in alone.cascades if x.id == cascade)
+    name = f"stitch {chosen.id}" if cascade is None else f"cascade {chosen.id} of {len(alone.stitches)} stitches"
+    flops = f"{chosen.flops:,} FLOPs" if cascade is None else f"{chosen.flops:,.0f} FLOPs on average"
+    typer.echo(f"{output}: {name}, {alone.num_parameters():,} parameters, {flops}")
 
 
 @command
@@ -548,6 +563,7 @@ def export(
     model: Source,
     output: Annotated[Path, typer.Argument(help="New folder for ONNX, new file *.pt2 for a program of torch.export.")],
     stitches: Annotated[str | None, typer.Option(help="Ids, such as 0,1,24; all if left out.")] = None,
+    cascade: Annotated[int | None, typer.Option(help="Which cascade, in the place of stitches; ONNX only.")] = None,
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -565,7 +581,7 @@ def export(
         export_program(loaded, output, ids[0], processor=processor)
         typer.echo(f"{output}: stitch {ids[0]}")
     else:
-        paths = export_onnx(loaded, output, ids, processor=processor, opset=opset)
+        paths = export_onnx(loaded, output, ids, cascade=cascade, processor=processor, opset=opset)
         size = sum(path.stat().st_size for path in output.iterdir())
         typer.echo(f"{output}: {len(paths)} graphs and their weights, {size:,} bytes")
 
@@ -791,10 +807,20 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
         raise ValueError(f"{option} must be numbers with commas between, such as 0,1,2; got {text!r}") from None
 
 
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"the id of a stitch is a number, got {text!r}") from None
+
+
 def _print_table(model: Any) -> None:
     from stitchable.card import short_names, stitch_table
+    from stitchable.cascades import cascade_table, runnable
 
     typer.echo(stitch_table(model.stitches, short_names(model.config)))
+    if runnable(model.config):
+        typer.echo(f"\n{cascade_table(runnable(model.config))}")
 
 
 def main() -> None:

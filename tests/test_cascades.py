@@ -20,8 +20,15 @@ from stitchable.cascade_stages import (
     run_cascade,
     scores_of,
 )
-from stitchable.cascades import LogitFile, cascade_table, find_and_judge, find_cascades
-from stitchable.costs import shared_flops
+from stitchable.cascades import (
+    LogitFile,
+    cascade_table,
+    evaluate_with_cascades,
+    find_and_judge,
+    find_cascades,
+    runnable,
+)
+from stitchable.costs import shared_flops, update_costs
 from stitchable.fingerprints import NUM_STORED, fingerprints, remember
 
 LOG = math.log
@@ -393,6 +400,62 @@ def test_the_table_says_what_its_figures_are() -> None:
         "same cost, with its 95 % interval.",
     ]
     assert cascade_table([]) == "no cascade is better than the best stitch of its cost"
+
+
+def test_the_table_of_what_was_measured_on_other_data_and_calibrated() -> None:
+    stages = [{"stitch": 0, "score": "margin", "threshold": 0.5}, {"stitch": 1}]
+    plain = {"stages": stages, "flops": 5e6, "max_flops": 9e6, "images": 2000}
+    known = {
+        **plain,
+        "id": 1,
+        "metrics": {"accuracy": 0.9, "mean_flops": 6e6},
+        "latency_ms": 1.5,
+        "latency_p95_ms": 3.0,
+    }
+    lines = cascade_table([{**plain, "id": 0}, known]).splitlines()
+    assert lines[0] == "| id | stages | MFLOPs, mean | at most | accuracy | ms, mean | ms, 95 % |"
+    assert lines[2:4] == [
+        "| 0 | 0, where margin < 0.5 → 1 | 5.000 | 9.000 |  |  |  |",
+        "| 1 | 0, where margin < 0.5 → 1 | 6.000 | 9.000 | 90.00 % | 1.50 | 3.00 |",
+    ]
+    assert lines[-1].startswith("Thresholds were chosen on 2,000 images of other data")
+
+
+def test_stitches_and_cascades_are_measured_in_one_pass(said) -> None:
+    model, batches = make("vit", nearest=False), data()
+    found = find_cascades(model, batches, dataset="noise")
+    batches[0]["labels"][3] = -100
+    drawn = []
+    same, figures = evaluate_with_cascades(model, (drawn.append(1) or batch for batch in batches), dataset="noise")
+    assert len(drawn) == len(batches)
+    assert model.config.cascades == found  # two-fold figures stay
+    assert same == evaluate(model, batches)
+    assert set(figures) == {cascade["id"] for cascade in found}
+    x, labels = (torch.cat([batch[key] for batch in batches]) for key in ("pixel_values", "labels"))
+    counts = labels != -100
+    with torch.no_grad():
+        for number, measured in figures.items():
+            output = model(x, cascade=number)
+            right = (output.logits.argmax(1) == labels)[counts]
+            assert measured["accuracy"] == pytest.approx(right.double().mean().item(), abs=0.01)
+            assert measured["mean_flops"] == pytest.approx(output.flops[counts].mean().item(), rel=0.01)
+    used = {stage["stitch"] for stage in found[0]["stages"]}
+    _, figures = evaluate_with_cascades(model, batches, sorted(used), dataset="other")
+    assert found[0]["id"] in figures
+    for cascade in model.config.cascades:  # what was measured on other data does not stand beside it
+        assert cascade.get("metrics", {}) == figures.get(cascade["id"], {})
+        assert "interval" not in cascade
+    part = model.extract(0)
+    assert runnable(part.config) == []
+    assert len(part.config.cascades) == len(found)
+
+
+def test_costs_that_are_counted_again_and_new_cascades_end_an_old_default(said) -> None:
+    model = make("vit", nearest=False)
+    find_cascades(model, data())
+    model.set_cascade(model.cascades[-1].id)
+    update_costs(model)
+    assert (model.cascades, model.config.cascade_id, model.config.stitch_id) == ((), None, model.stitches[-1].id)
 
 
 def test_it_is_said_when_no_cascade_is_surely_better(said) -> None:

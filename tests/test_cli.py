@@ -22,7 +22,7 @@ from stitchable.card import Card
 from stitchable.conversion import RELEASES
 from stitchable.images import _number, read_batches
 from stitchable.processing import image_processor
-from stitchable.publishing import save_repository
+from stitchable.publishing import save_repository, update_repository
 from stitchable_cli import app
 
 
@@ -169,6 +169,63 @@ def test_cascade_writes_what_it_found_into_the_folder(folder, pictures) -> None:
     assert "accuracy on pictures." in ModelCard.load(folder / "README.md").text
     printed = run("cascade", folder, pictures, *options).stdout
     assert printed.count("\n|") == len(found) + 1 if found else "no cascade is better" in printed
+
+
+@pytest.fixture
+def cascaded(folder) -> Path:
+    """The checkpoint with a cascade of both anchors that was found on a data set "noise"."""
+    model = StitchableForImageClassification.from_pretrained(folder)
+    small, large = (float(model.stitches[i].flops) for i in (0, 1))
+    stages = [
+        {"stitch": 0, "flops": small, "score": "max_probability", "threshold": 0.4},
+        {"stitch": 1, "flops": large, "reached": 0.5},
+    ]
+    figures = {"metrics": {"accuracy": 0.6, "gain": 0.1}, "interval": [0.05, 0.15], "images": 2000, "dataset": "noise"}
+    model.cascades = [{"id": 3, "stages": stages, "flops": small + large / 2, "max_flops": small + large, **figures}]
+    for stitch in model.stitches:
+        model.record(stitch.id, metrics={"accuracy": 0.5})
+    update_repository(model, folder, dataset="noise")
+    return folder
+
+
+def test_table_and_plot_show_cascades(cascaded, tmp_path) -> None:
+    assert "| 3 | 0, where p < 0.4 → 1 |" in run("table", cascaded).stdout
+    *_, last = json.loads(run("table", cascaded, "--json").stdout)
+    assert last == StitchableConfig.from_pretrained(cascaded).cascades[0]
+    run("plot", cascaded, tmp_path / "x.svg")
+    assert "cascades, mean FLOPs" in (tmp_path / "x.svg").read_text(encoding="utf-8")
+    card = ModelCard.load(cascaded / "README.md")
+    assert {"cascade_id": 3} in [result.metric_args for result in card.data.eval_results]
+
+
+def test_eval_measures_cascades_on_other_data(cascaded, pictures) -> None:
+    measured = json.loads(run("eval", cascaded, pictures, "--json").stdout)
+    (entry,) = StitchableConfig.from_pretrained(cascaded).cascades
+    assert measured["cascades"] == {"3": entry["metrics"]}
+    assert entry["metrics"].keys() == {"accuracy", "mean_flops"}
+    assert (entry["dataset"], "interval" in entry) == ("noise", False)
+    assert "of other data" in run("table", cascaded).stdout
+
+
+def test_calibrate_predicts_the_latency_of_cascades(cascaded) -> None:
+    output = run("calibrate", cascaded, "--num-runs", 1, "--threads", torch.get_num_threads()).stdout
+    assert "ms, 95 %" in output
+    assert "of 1 cascades that were measured, the median error is" in output
+    assert StitchableForImageClassification.from_pretrained(cascaded).cascades[0].latency_ms > 0
+
+
+def test_extract_saves_one_cascade(cascaded, tmp_path) -> None:
+    output = run("extract", cascaded, tmp_path / "new", "--cascade", 3).stdout
+    assert output.startswith(f"{tmp_path / 'new'}: cascade 3 of 2 stitches, ")
+    alone = StitchableForImageClassification.from_pretrained(tmp_path / "new")
+    assert ([stitch.id for stitch in alone.stitches], alone.config.cascade_id) == ([0, 1], 3)
+    whole = StitchableForImageClassification.from_pretrained(cascaded)
+    assert torch.equal(alone.eval()(images("vit")).logits, whole.eval()(images("vit"), cascade=3).logits)
+    message = "extract MODEL STITCH_ID OUTPUT, or MODEL OUTPUT --cascade ID"
+    for wrong in ((tmp_path / "other",), (4, tmp_path / "other", "--cascade", 3)):
+        assert message in run("extract", cascaded, *wrong, fails=True).stderr
+    assert "there is no cascade 4" in run("extract", cascaded, tmp_path / "other", "--cascade", 4, fails=True).stderr
+    assert "is a number, got 'x'" in run("extract", cascaded, "x", tmp_path / "other", fails=True).stderr
 
 
 @pytest.mark.slow

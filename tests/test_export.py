@@ -1,6 +1,7 @@
 """Exported stitches, run by onnxruntime and by torch.export, against the model; their weights are stored once."""
 
 import json
+import runpy
 
 import numpy as np
 import onnx
@@ -13,7 +14,10 @@ from transformers import AutoImageProcessor, ViTImageProcessor
 import stitchable
 from families import images, make, randomise
 from stitchable.export import ALIGNMENT, WEIGHTS, export_onnx, export_program, metadata_of
+from stitchable.model.routes import Stage
+from stitchable.model.schema import write
 from stitchable.processing import image_processor
+from test_running_cascades import middle, with_cascade
 
 
 def run_onnx(path, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -130,6 +134,35 @@ def test_attention_in_windows(tmp_path) -> None:
     with torch.no_grad():
         expected = model(x, stitch_id=stitch_id).logits
     torch.testing.assert_close(run_onnx(path, x), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_cascade_runs_without_stitchable(tmp_path) -> None:
+    x, plain = images("vit", 12), make("vit")
+    by_cost = sorted((0, 2, 4), key=lambda i: plain.stitches[i].flops)
+    folder = tmp_path / "new"
+    for options in ({"combine": "mean", "temperature": 1.7, "kind": "margin"}, {}):
+        stage = Stage(0, 1.0, options.get("kind", "max_probability"), 0.5, options.get("temperature", 1.0))
+        thresholds = [middle(plain, i, x, stage) for i in by_cost[:2]]
+        model, cascade = with_cascade(stitches=(0, 2, 4), thresholds=thresholds, number=6, **options)
+        if options:
+            assert set(export_onnx(model, folder, cascade=6)) == {0, 2, 4}
+            assert "from stitchable" not in (folder / "run_cascade.py").read_text(encoding="utf-8")
+            runner = runpy.run_path(str(folder / "run_cascade.py"))
+        stages = runner["load_cascade"](folder)
+        if not options:  # the same graphs, run in another way
+            stages = list(zip(write(cascade)["stages"], (session for _, session in stages), strict=True))
+        expected = model(x, cascade=6)
+        assert len(set(expected.stitch_ids.tolist())) > 1
+        for size in (12, 1):
+            answers = [runner["run_cascade"](stages, part.numpy()) for part in x.split(size)]
+            logits, ids = (np.concatenate(of) for of in zip(*answers, strict=True))
+            assert ids.tolist() == expected.stitch_ids.tolist()
+            torch.testing.assert_close(torch.from_numpy(logits), expected.logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="there is no cascade 7"):
+        export_onnx(model, tmp_path / "other", cascade=7)
+    with pytest.raises(ValueError, match="give it or stitch_ids"):
+        export_onnx(model, tmp_path / "other", [0], cascade=6)
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, capfd) -> None:

@@ -22,12 +22,18 @@ from transformers import BaseImageProcessor
 
 from stitchable import StitchableConfig, StitchableForImageClassification
 from stitchable.card import SAMPLE, short_names
-from stitchable.model.routes import Stitch, find_stitch
+from stitchable.cascades import runnable, stages_in_words
+from stitchable.model.cascades import score
+from stitchable.model.routes import Cascade, Choice, find_cascade, find_stitch
+from stitchable.model.schema import write
 from stitchable.plots import flops_unit, plot_stitches, route_in_words
 from stitchable.processing import to_rgb
 from stitchable.publishing import file_of, processor_of
 
 TIMED_CALLS = 5
+_ABOUT_CASCADES = (
+    " Or a cascade, within it on average: that runs a dearer network only where a cheaper one is not sure of the image."
+)
 # A few bytes can be an image of one by a million pixels, which the image processor would make 224 by as many millions.
 _MAX_ASPECT_RATIO = 50
 
@@ -58,19 +64,23 @@ def create_page(
     least, most = (math.ceil(1000 * number / divisor) / 1000 for number in (min(flops), max(flops)))
     is_measured = any("accuracy" in stitch.metrics and stitch.flops for stitch in model.stitches)
 
-    def choose(budget: float) -> int:
+    def choose(budget: float) -> int | str:
         # It becomes the model's default too, on which no call of this page relies.
-        return model.for_budget(flops=round(budget * divisor)).id
+        return value_of(model.for_budget(mean_flops=round(budget * divisor)))
 
-    def draw(first: int, second: int) -> Any:
-        return plot_stitches(model.stitches, names, marked={"A": first, "B": second})
+    def draw(first: int | str, second: int | str) -> Any:
+        cascades = runnable(model.config)
+        return plot_stitches(model.stitches, names, marked={"A": first, "B": second}, cascades=cascades)
 
-    def answer(picture: str | None, stitch_id: int) -> tuple[str, dict[str, float] | None]:
-        facts = describe(find_stitch(model.stitches, stitch_id), names, unit, divisor)
+    def answer(picture: str | None, value: int | str) -> tuple[str, dict[str, float] | None]:
+        choice = chosen_by(model, value)
+        facts = describe(choice, names, unit, divisor)
         if picture is None:
             return facts, None
-        scores, seconds = classify(model, processor, read_picture(picture), stitch_id)
-        return f"{facts}\n\n**{1e3 * seconds:.2f} ms** here, the median of {TIMED_CALLS} calls", scores
+        pixel_values = processor(images=read_picture(picture), return_tensors="pt")["pixel_values"]
+        scores, seconds = classify(model, pixel_values, choice)
+        why = f"\n\n{which_stage(model, pixel_values, choice)}" if isinstance(choice, Cascade) else ""
+        return f"{facts}{why}\n\n**{1e3 * seconds:.2f} ms** here, the median of {TIMED_CALLS} calls", scores
 
     # What a call takes is measured, so no other may run at the same time: neither the other side's nor the drawing.
     one_at_a_time: dict[str, Any] = {
@@ -81,7 +91,7 @@ def create_page(
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(86400, 86400)) as page:
         gr.Markdown(
             f"# {title}\nOne checkpoint that is {len(model.stitches)} networks. Move a budget, and the most accurate "
-            "network within it answers, with no reload."
+            f"network within it answers, with no reload.{_ABOUT_CASCADES if model.cascades else ''}"
         )
         with gr.Row():
             with gr.Column():
@@ -98,7 +108,8 @@ def create_page(
                     budget = gr.Slider(
                         least, max(most, least + 0.001), start, step=0.001, label=label, elem_id=f"budget-{side}"
                     )
-                    choices = [(f"{s.id}: {route_in_words(s, names)}", s.id) for s in model.stitches]
+                    choices: list[Any] = [(f"{s.id}: {route_in_words(s, names)}", s.id) for s in model.stitches]
+                    choices += [(in_words(x), value_of(x)) for x in model.cascades]
                     stitch = gr.Dropdown(choices, value=choose(start), label=f"Stitch {side}", elem_id=f"stitch-{side}")
                     facts = gr.Markdown(elem_id=f"facts-{side}")
                     scores = gr.Label(num_top_classes=5, label=f"Top 5 of {side}", elem_id=f"scores-{side}")
@@ -167,14 +178,50 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def value_of(choice: Choice) -> int | str:
+    """What the page knows a stitch or a cascade by."""
+    return f"cascade {choice.id}" if isinstance(choice, Cascade) else choice.id
+
+
+def chosen_by(model: StitchableForImageClassification, value: int | str) -> Choice:
+    """The inverse of `value_of`.
+
+    Raises:
+        ValueError: the model has none such.
+    """
+    if isinstance(value, str):
+        return find_cascade(model.cascades, int(value.removeprefix("cascade ")), model.stitches)
+    return find_stitch(model.stitches, value)
+
+
+def in_words(cascade: Cascade) -> str:
+    """Its stages: which stitch runs, and below which score the next one does."""
+    return f"cascade {cascade.id}: {stages_in_words(write(cascade)['stages'])}"
+
+
+@torch.inference_mode()
+def which_stage(model: StitchableForImageClassification, pixel_values: torch.Tensor, cascade: Cascade) -> str:
+    """Which stage of a cascade answers an image (1, C, H, W), and why: each score against its threshold."""
+    answered = int(model(pixel_values, cascade=cascade.id).stitch_ids)
+    number = [stage.stitch for stage in cascade.stages].index(answered) + 1
+    reasons = []
+    for stage in cascade.stages[:number]:
+        if stage.threshold is not None:
+            sure = float(score(model(pixel_values, stitch_id=stage.stitch).logits, stage))
+            name = "margin" if stage.score == "margin" else "largest probability"
+            relation = "below" if sure < stage.threshold else "at least"
+            reasons.append(f"{name} of stitch {stage.stitch} {sure:.3f}, {relation} {stage.threshold:.3f}")
+    return f"**Stage {number} of {len(cascade.stages)}**, stitch {answered}, answered: {'; '.join(reasons)}"
+
+
 def classify(
-    model: StitchableForImageClassification, processor: BaseImageProcessor, image: Image.Image, stitch_id: int
+    model: StitchableForImageClassification, pixel_values: torch.Tensor, choice: Choice
 ) -> tuple[dict[str, float], float]:
-    """The score of every class by its name, and the median seconds of a few calls after a first one."""
-    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+    """The score of every class by its name for one image, and the median seconds of a few calls after a first one."""
+    how = {"cascade" if isinstance(choice, Cascade) else "stitch_id": choice.id}
 
     def call() -> torch.Tensor:
-        return model(pixel_values, stitch_id=stitch_id).logits.float().cpu()  # which waits for the device
+        return model(pixel_values, **how).logits.float().cpu()  # which waits for the device
 
     with torch.inference_mode():
         scores = call()[0].softmax(-1).tolist()
@@ -195,13 +242,18 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def describe(stitch: Stitch, names: Sequence[str], unit: str, divisor: float) -> str:
-    """What the stitch table knows of a stitch."""
-    accuracy = stitch.metrics.get("accuracy")
-    figures = [f"{stitch.flops / divisor:.3f} {unit}"] if stitch.flops else []
-    figures += [f"{stitch.params:,} parameters"] if stitch.params else []
+def describe(choice: Choice, names: Sequence[str], unit: str, divisor: float) -> str:
+    """What is known of a stitch or a cascade."""
+    accuracy = choice.metrics.get("accuracy")
+    if isinstance(choice, Cascade):
+        title, what = in_words(choice).capitalize().split(": ", 1)
+        figures = [f"{choice.flops / divisor:.3f} {unit} on average, at most {choice.max_flops / divisor:.3f}"]
+    else:
+        title, what = f"Stitch {choice.id}", route_in_words(choice, names)
+        figures = [f"{choice.flops / divisor:.3f} {unit}"] if choice.flops else []
+        figures += [f"{choice.params:,} parameters"] if choice.params else []
     figures += [] if accuracy is None else [f"accuracy {100 * accuracy:.2f} %"]
-    return f"**Stitch {stitch.id}**: {route_in_words(stitch, names)}\n\n{', '.join(figures)}"
+    return f"**{title}**: {what}\n\n{', '.join(figures)}"
 
 
 def read_picture(path: str | Path) -> Image.Image:

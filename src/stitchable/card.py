@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import pipeline
 
-from stitchable.cascades import cascade_table
+from stitchable.cascades import cascade_table, runnable
 from stitchable.front import in_words, judge_stitches, pareto_front
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
@@ -104,6 +104,7 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
     stitches, names = model.stitches, short_names(model.config)
     measured = [stitch for stitch in stitches if "accuracy" in stitch.metrics]
     metric = measured_by(stitches)
+    cascades = runnable(model.config)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
@@ -112,7 +113,15 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
         datasets=[card.dataset] if _is_on_hub(card.dataset) else None,
         base_model=[e["pretrained"] for e in model.config.anchors if _is_on_hub(e.get("pretrained"))] or None,
         model_name=card.name,
-        eval_results=[_eval_result(stitch, card.dataset) for stitch in measured] or None,
+        eval_results=[
+            *(_eval_result(stitch.metrics["accuracy"], card.dataset, stitch_id=stitch.id) for stitch in measured),
+            *(
+                _eval_result(cascade["metrics"]["accuracy"], card.dataset, cascade_id=cascade["id"])
+                for cascade in cascades
+                if "accuracy" in cascade.get("metrics", {})
+            ),
+        ]
+        or None,
     )
     dataset = (card.dataset or "unnamed data") + (f" ({card.split} split)" if card.split else "")
     made = ModelCard.from_template(
@@ -129,7 +138,7 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
         table=stitch_table(stitches, names),
         front=stitch_table(pareto_front(stitches, metric), names),
         judged=in_words(judged) if (judged := judge_stitches(stitches, card.accuracy_before)) else "",
-        cascades=cascade_table(model.config.cascades) if model.config.cascades else "",
+        cascades=cascade_table(cascades) if cascades else "",
         budget=_budget(stitches),
         sample=SAMPLE,
         output=as_block(output, "text") if output else "",
@@ -311,7 +320,7 @@ def stitch_table(stitches: Sequence[Stitch], anchor_names: Sequence[str]) -> str
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _eval_result(stitch: Stitch, dataset: str) -> EvalResult:
+def _eval_result(accuracy: float, dataset: str, **of: int) -> EvalResult:
     # Results that differ only in metric_args stay apart in a model-index and survive a round trip.
     return EvalResult(
         task_type="image-classification",
@@ -319,8 +328,8 @@ def _eval_result(stitch: Stitch, dataset: str) -> EvalResult:
         dataset_name=dataset or "unnamed",
         metric_type="accuracy",
         metric_name="accuracy",
-        metric_value=round(stitch.metrics["accuracy"], 4),
-        metric_args={"stitch_id": stitch.id},
+        metric_value=round(accuracy, 4),
+        metric_args=of,
     )
 
 

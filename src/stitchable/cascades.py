@@ -15,8 +15,10 @@ from stitchable.costs import shared_flops
 from stitchable.evaluation import measure_batch, record_figures, run_batches
 from stitchable.fingerprints import Watch
 from stitchable.front import Judgement, judge_two_fold, on_own_front, paired_interval
+from stitchable.model.cascades import score
+from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
-from stitchable.model.routes import find_stitch
+from stitchable.model.routes import Cascade, find_stitch
 from stitchable.plots import flops_unit
 
 logger = logging.get_logger(__name__)
@@ -138,6 +140,77 @@ def _call_it_agreement(model: StitchableForImageClassification) -> None:
     ]
 
 
+def evaluate_with_cascades(
+    model: StitchableForImageClassification,
+    batches: Iterable[Any],
+    stitch_ids: Sequence[int] | None = None,
+    *,
+    dataset: str = "",
+    split: str = "",
+) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
+    """Measure stitches, and from their logits the model's cascades of them, in one pass over the data.
+
+    A cascade that was found on other data than these gets what they say of it in `metrics`, in the place of its
+    two-fold figures; one that was found on these keeps those, which are the honest ones.
+
+    Args:
+        model: as for `evaluate`, like the next two.
+        batches: see there.
+        stitch_ids: see there.
+        dataset: what the images are.
+        split: of the data set.
+
+    Returns:
+        What `evaluate` returns, and for each cascade id {"accuracy": top-1 in 0..1, "mean_flops": per image} on these
+        images.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    from stitchable.metrics import IGNORED
+
+    rows, num_images = [], 0
+    sums: dict[int, tuple[float, float]] = {}  # of what is right, and of FLOPs
+    for labels, logits in run_batches(model, batches, stitch_ids):
+        rows.append(measure_batch(labels, logits))
+        counts = (labels != IGNORED).cpu()
+        num_images += int(counts.sum())
+        for cascade in model.cascades:
+            if {stage.stitch for stage in cascade.stages} <= set(logits):
+                predictions, flops = _answers(cascade, logits)
+                right, spent = sums.get(cascade.id, (0.0, 0.0))
+                right += int((predictions == labels.cpu())[counts].sum())
+                sums[cascade.id] = right, spent + float(flops.expand(len(counts))[counts].sum())
+    stitches = record_figures(model, rows, stitch_ids, batches)
+    found = {i: {"accuracy": x / num_images, "mean_flops": flops / num_images} for i, (x, flops) in sums.items()}
+    model.cascades = [
+        entry
+        if (entry.get("dataset", ""), entry.get("split", "")) == (dataset, split)
+        else {**{k: x for k, x in entry.items() if k != "interval"}, "metrics": found.get(entry["id"], {})}
+        for entry in model.config.cascades
+    ]
+    return stitches, found
+
+
+def _answers(cascade: Cascade, logits: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class (N,) that a cascade answers with, and its FLOPs (N,), from the logits of its stitches."""
+    total = flops = torch.zeros(())
+    undecided, answers = torch.tensor(True), torch.tensor(0)
+    for number, stage in enumerate(cascade.stages, 1):
+        own = logits[stage.stitch].float().cpu()
+        total = total + own / stage.temperature
+        given = total / number if stage.combine == "mean" else own
+        answers, flops = given.argmax(1).where(undecided, answers), flops + undecided.double() * stage.flops
+        undecided = undecided & (score(own, stage) < (stage.threshold or 0))
+    return answers, flops
+
+
+def runnable(config: StitchableConfig) -> list[dict[str, Any]]:
+    """The cascades of a config all of whose stitches it has."""
+    ids = {stitch["id"] for stitch in config.stitches}
+    return [cascade for cascade in config.cascades if {stage["stitch"] for stage in cascade["stages"]} <= ids]
+
+
 def _ids(model: StitchableForImageClassification, stitch_ids: Sequence[int] | None) -> list[int]:
     if model.config.problem_type in ("multi_label_classification", "regression"):
         raise ValueError(
@@ -158,32 +231,45 @@ def cascade_table(cascades: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of cascades as `find_cascades` returns them, and what its figures are.
 
     Where no labels were at hand, they have an agreement with the largest anchor in the place of an accuracy. Figures
-    and gains are in percent and points, FLOPs are multiply-adds plus normalisation terms.
+    and gains are in percent and points, FLOPs are multiply-adds plus normalisation terms. What is known of no cascade
+    has no column.
     """
     if not cascades:
         return "no cascade is better than the best stitch of its cost"
     unit, divisor = flops_unit(max(cascade["max_flops"] for cascade in cascades))
-    metric = "accuracy" if "accuracy" in cascades[0]["metrics"] else "agreement"
-    header = ["id", "stages", f"{unit}, mean", "at most", metric, "gain", "interval of the gain"]
-    rows = [header, ["---:", ":---", *["---:"] * 5]]
+    metric = "agreement" if any("agreement" in cascade.get("metrics", {}) for cascade in cascades) else "accuracy"
+    rows = []
     for cascade in cascades:
-        low, high = cascade["interval"]
-        metrics = cascade["metrics"]
+        metrics, interval = cascade.get("metrics", {}), [100 * bound for bound in cascade.get("interval") or ()]
         rows.append(
-            [
-                str(cascade["id"]),
-                stages_in_words(cascade["stages"]),
-                *(f"{cascade[name] / divisor:.3f}" for name in ("flops", "max_flops")),
-                f"{100 * metrics[metric]:.2f} %",
-                f"{100 * metrics['gain']:+.2f}",
-                f"{100 * low:+.2f} to {100 * high:+.2f}",
-            ]
+            {
+                "id": str(cascade["id"]),
+                "stages": stages_in_words(cascade["stages"]),
+                f"{unit}, mean": f"{metrics.get('mean_flops', cascade['flops']) / divisor:.3f}",
+                "at most": f"{cascade['max_flops'] / divisor:.3f}",
+                metric: f"{100 * metrics[metric]:.2f} %" if metric in metrics else "",
+                "gain": f"{100 * metrics['gain']:+.2f}" if "gain" in metrics else "",
+                "interval of the gain": "{:+.2f} to {:+.2f}".format(*interval) if interval else "",
+                "ms, mean": f"{cascade['latency_ms']:.2f}" if "latency_ms" in cascade else "",
+                "ms, 95 %": f"{cascade['latency_p95_ms']:.2f}" if "latency_p95_ms" in cascade else "",
+            }
         )
-    said = (
-        f"Two-fold on {cascades[0]['images']:,} images: each half chose for the other. The gain is in points above the "
-        "best stitch of the same cost, with its 95 % interval."
-    )
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", said])
+    always = ("id", "stages", f"{unit}, mean", "at most", metric)
+    columns = [name for name in rows[0] if name in always or any(row[name] for row in rows)]
+    lines = [columns, [":---" if name == "stages" else "---:" for name in columns]]
+    lines += [[row[name] for name in columns] for row in rows]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *_what_figures_are(cascades)])
+
+
+def _what_figures_are(cascades: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    said = f"{cascades[0].get('images') or 0:,} images"
+    if any(cascade.get("interval") for cascade in cascades):
+        yield (
+            f"Two-fold on {said}: each half chose for the other. The gain is in points above the best stitch of the "
+            "same cost, with its 95 % interval."
+        )
+    else:
+        yield f"Thresholds were chosen on {said} of other data; the figures are of the data that the stitches' are of."
 
 
 def stages_in_words(stages: Sequence[Mapping[str, Any]]) -> str:

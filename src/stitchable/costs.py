@@ -232,9 +232,9 @@ def num_shared_steps(first: Sequence[Step], second: Sequence[Step]) -> int:
 def update_costs(model: StitchablePreTrainedModel) -> None:
     """Count again and write `flops` and `params` of every stitch into the model's table, after its classifiers changed.
 
-    Metrics and latencies, which no longer hold, are dropped.
+    Metrics and latencies, which no longer hold, are dropped, and so are the cascades.
     """
-    config = model.config
+    config, model.cascades = model.config, ()
     profiles = [_profile_of(anchor, config) for anchor in model.shapes]
     for stitch in model.stitches:
         cost = cost_of_stitch(stitch, profiles)

@@ -181,7 +181,9 @@ def measure_agreement(
     with evaluation_mode(model):
         for batch in logging.tqdm(batches, total=_num_batches(batches), desc="comparing", leave=False):
             pixel_values, _ = unpack_batch(batch, labels="optional")
-            found = {i: logits.argmax(-1).cpu() for i, logits in run_stitches(model, pixel_values, list({*ids, largest}))}
+            found = {
+                i: logits.argmax(-1).cpu() for i, logits in run_stitches(model, pixel_values, list({*ids, largest}))
+            }
             rows.append(torch.stack([found[i] == found[largest] for i in ids]))
     if not rows:
         raise ValueError("there are no images to compare stitches on: the batches are empty")

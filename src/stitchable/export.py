@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ from transformers.utils import logging
 
 from stitchable.evaluation import evaluation_mode
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
-from stitchable.model.routes import Stitch, find_stitch
+from stitchable.model.routes import Stitch, find_cascade, find_stitch
+from stitchable.model.schema import write
 from stitchable.processing import image_processor
 from stitchable.publishing import check_new_folder
 
@@ -34,6 +36,7 @@ def export_onnx(
     folder: str | Path,
     stitch_ids: Sequence[int] | None = None,
     *,
+    cascade: int | None = None,
     processor: BaseImageProcessor | None = None,
     opset: int | None = None,
 ) -> dict[int, Path]:
@@ -43,10 +46,15 @@ def export_onnx(
     runtime needs to know of images and classes is in its metadata, see `metadata_of`. A weight that several stitches
     use is stored once in `weights.bin`, so to open another graph of the folder is to read no new file.
 
+    Of a cascade there is a graph for each stage, from pixel values on: what two stages begin with alike is stored once,
+    but runs in both. Scores, temperatures and thresholds are in each graph's metadata as "cascade", and
+    `run_cascade.py` beside the graphs runs them with numpy and onnxruntime.
+
     Args:
         model: in float32.
         folder: new or empty.
         stitch_ids: which stitches; all of them if None.
+        cascade: which cascade, in the place of stitches.
         processor: the image processor, timm's for the largest anchor if None.
         opset: version of ONNX's operators; the exporter's own choice if None.
 
@@ -55,20 +63,29 @@ def export_onnx(
 
     Raises:
         ImportError: onnx and onnxscript are not installed.
-        ValueError: an unknown stitch, a folder that holds something, weights that are not float32, or a model that
-            this opset cannot express.
+        ValueError: an unknown stitch or cascade, a folder that holds something, weights that are not float32, or a
+            model that this opset cannot express.
     """
     onnx = _import("onnx")
     _import("onnxscript")
     folder = Path(folder)
     ids = [stitch.id for stitch in model.stitches] if stitch_ids is None else list(stitch_ids)
+    metadata = metadata_of(model, processor)
+    if cascade is not None:
+        if stitch_ids is not None:
+            raise ValueError("a cascade says which stitches it runs; give it or stitch_ids")
+        found = find_cascade(model.cascades, cascade, model.stitches)
+        ids = [stage.stitch for stage in found.stages]
+        metadata["cascade"] = json.dumps(write(found), allow_nan=False)
     for stitch_id in ids:
         find_stitch(model.stitches, stitch_id)
     if model.dtype != torch.float32:
         raise ValueError(f"ONNX is written in float32, the model is in {model.dtype}; model.float() converts it")
     check_new_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-        _write(onnx, model, ids, Path(unfinished), metadata_of(model, processor), opset)
+        _write(onnx, model, ids, Path(unfinished), metadata, opset)
+        if cascade is not None:
+            shutil.copyfile(Path(__file__).with_name("onnx_runner.py"), Path(unfinished, "run_cascade.py"))
         for path in Path(unfinished).iterdir():
             path.rename(folder / path.name)
     return {stitch_id: folder / f"stitch-{stitch_id}.onnx" for stitch_id in ids}

@@ -15,7 +15,7 @@ def plot_stitches(
     stitches: Sequence[Stitch],
     anchor_names: Sequence[str],
     metric: str = "accuracy",
-    marked: Mapping[str, int] | None = None,
+    marked: Mapping[str, int | str] | None = None,
     untouched: Mapping[int, tuple[float, float]] | None = None,
     cascades: Sequence[Mapping[str, Any]] = (),
 ) -> "Figure":
@@ -25,7 +25,7 @@ def plot_stitches(
         stitches: measured stitches; those without the metric are left out.
         anchor_names: a short name per anchor, smallest first.
         metric: what to draw, a figure in 0..1.
-        marked: ids of stitches to draw a ring around, by what to write beside it.
+        marked: ids of stitches, or "cascade ID", to draw a ring around, by what to write beside it.
         untouched: FLOPs and figure of the anchors as they were before they were trained with the others, by id; their
             front is the null line.
         cascades: as they are in the config, drawn over their mean FLOPs.
@@ -70,19 +70,24 @@ def plot_stitches(
     )
     if untouched:
         _draw_null_line(axes, untouched, divisor)
-    drawn = [
-        (cascade["flops"] / divisor, 100 * cascade["metrics"][metric])
+    drawn = {
+        f"cascade {cascade['id']}": (
+            cascade["metrics"].get("mean_flops", cascade["flops"]) / divisor,
+            100 * cascade["metrics"][metric],
+        )
         for cascade in cascades
-        if metric in cascade["metrics"]
-    ]
+        if metric in cascade.get("metrics", {})
+    }
     if drawn:
-        axes.plot(*zip(*drawn, strict=True), marker=".", color="black", linewidth=1, label="cascades, mean FLOPs")
-    for text, stitch_id in (marked or {}).items():
-        if stitch_id in dots:
-            axes.scatter(*dots[stitch_id], s=320, facecolors="none", edgecolors="black", linewidths=1.8, zorder=4)
-            axes.annotate(
-                text, dots[stitch_id], xytext=(-15, 9), textcoords="offset points", weight="bold", size="large"
-            )
+        axes.plot(
+            *zip(*drawn.values(), strict=True), marker=".", color="black", linewidth=1, label="cascades, mean FLOPs"
+        )
+    places: dict[Any, Any] = {**dots, **drawn}
+    for text, marking in (marked or {}).items():
+        if marking in places:
+            x, y = places[marking]
+            axes.scatter(x, y, s=320, facecolors="none", edgecolors="black", linewidths=1.8, zorder=4)
+            axes.annotate(text, (x, y), xytext=(-15, 9), textcoords="offset points", weight="bold", size="large")
     axes.set_xlabel(f"{unit} per image (multiply-adds plus normalisation terms)")
     axes.set_ylabel(f"{metric} (%)")
     axes.grid(alpha=0.3)

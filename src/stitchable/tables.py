@@ -34,6 +34,7 @@ def plot(model: StitchablePreTrainedModel, metric: str | None = None) -> "Figure
         ValueError: no stitch was measured.
     """
     from stitchable.card import Card  # which shows this table
+    from stitchable.cascades import runnable
 
     names, metric = short_names(model.config), metric or measured_by(model.stitches)
     if metric == "agreement":
@@ -41,7 +42,7 @@ def plot(model: StitchablePreTrainedModel, metric: str | None = None) -> "Figure
     if metric != "accuracy":
         return plot_stitches(model.stitches, names, metric)
     untouched = untouched_anchors(model.stitches, Card.of(model.config, "").accuracy_before)
-    return plot_stitches(model.stitches, names, untouched=untouched, cascades=model.config.cascades)
+    return plot_stitches(model.stitches, names, untouched=untouched, cascades=runnable(model.config))
 
 
 def in_short(model: StitchablePreTrainedModel) -> str:

@@ -45,30 +45,29 @@ def run_cascade(model: Any, pixel_values: torch.Tensor, cascade: Cascade) -> Cas
     begins = beginnings(plans)
     images = torch.arange(len(pixel_values), device=pixel_values.device)  # those that no stage has answered
     starts = {number: model.start(pixel_values) for number, (_, shared) in enumerate(begins) if not shared}
-    answers: list[Any] = []  # of each stage: the images it was given, its logits, which of them it answers
-    total: Any = 0
+    stages, logits, total = torch.zeros_like(images), torch.empty(0), torch.zeros(())
     for number, (stage, plan) in enumerate(zip(cascade.stages, plans, strict=True)):
         flow = starts.pop(number)
         for done, step in enumerate(plan[begins[number][1] :], begins[number][1] + 1):
             flow = model.run_step(step, flow)
             starts |= {later: flow for later, begin in enumerate(begins) if begin == (number, done) and later > number}
         own = model.run_head(plan[-1].anchor, flow.features)
-        total = total + own / stage.temperature
-        logits = total / (number + 1) if stage.combine == "mean" else own
-        go_on = score(own, stage) < (0 if stage.threshold is None else stage.threshold)  # no score is below 0
-        answers.append((images[~go_on.to(images.device)], logits[~go_on], number))
-        kept = go_on.nonzero()[:, 0]
+        total = total.to(own.device) + own / stage.temperature
+        answer = total / (number + 1) if stage.combine == "mean" else own
+        if len(images) < len(stages):
+            answer = logits.index_copy(0, images.to(logits.device), answer.to(logits))
+        logits, stages = answer, stages.index_fill(0, images, number)
+        if stage.threshold is None:
+            break
+        kept = (score(own, stage) < stage.threshold).nonzero()[:, 0]
         if not len(kept):
             break
-        images, total = images[kept.to(images.device)], total[kept]
-        for later, start in starts.items():
-            begun = plans[later][: begins[later][1]]
-            starts[later] = start.select(kept, model.chains[begun[-1].anchor].context if begun else None)
-    output = CascadeOutput()
-    order = torch.cat([images for images, _, _ in answers]).argsort()
-    stages = torch.cat([images * 0 + number for images, _, number in answers])[order]
-    costs = torch.tensor([stage.flops for stage in cascade.stages], dtype=torch.float64).cumsum(0)
-    ids = torch.tensor([stage.stitch for stage in cascade.stages])
-    output["logits"] = torch.cat([logits.to(answers[0][1].dtype) for _, logits, _ in answers])[order.to(own.device)]
-    output["stitch_ids"], output["flops"] = ids.to(order.device)[stages], costs.to(order.device)[stages]
+        if len(kept) < len(images):
+            images, total = images[kept.to(images.device)], total[kept]
+            for later, start in starts.items():
+                begun = plans[later][: begins[later][1]]
+                starts[later] = start.select(kept, model.chains[begun[-1].anchor].context if begun else None)
+    output, costs = CascadeOutput(logits=logits), [stage.flops for stage in cascade.stages]
+    output["stitch_ids"] = torch.tensor([stage.stitch for stage in cascade.stages], device=stages.device)[stages]
+    output["flops"] = torch.tensor(costs, dtype=torch.float64, device=stages.device).cumsum(0)[stages]
     return output

@@ -151,6 +151,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         check_cascades(found, self.stitches, self.config.left_out)
         self._cascades = tuple(x for x in found if {stage.stitch for stage in x.stages} <= ids)
         self.config.cascades = write(found)
+        if self.config.cascade_id not in (None, *(x.id for x in self._cascades)):
+            self.set_stitch(self.stitches[-1].id)  # what was the default is gone
 
     def set_stitch(self, stitch_id: int) -> Stitch:
         """Make a stitch the default of later calls and of the saved config, and return it; a ValueError if unknown."""

@@ -750,8 +750,6 @@ def _serve_on_ray(model: str, host: str, port: int, replicas: str, **arguments: 
     ray.run(ray.Arguments(model=source, num_replicas=number, **arguments), host, port)
 
 
-@command
-@command
 def _anchors(given: list[str], architectures: list[str]) -> list[str | dict[str, str]]:
     """Anchors as `make_config` takes them: files with their architectures, ids on the Hub as timm has them, names."""
     files = [name for name in given if Path(name).is_file()]

@@ -72,7 +72,7 @@ def test_an_image_size_reaches_architectures_that_fix_it() -> None:
         (["resnet18", "resnet50"], {"stages": [9]}, "distinct numbers"),
         ([vit(), vit(embed_dim=16)], {"pairs": "forward", "kernel_size": 1}, "no stitch"),
         ([vit(img_size=32), vit(img_size=32)], {"image_size": 64}, "cannot take images of 3x64x64"),
-        ([3, "resnet18"], {}, "as timm names its models; got 3"),
+        ([3, "resnet18"], {}, "'-' and '.', got 3"),
         (vit(), {}, "at least two anchors, got 1"),
         ([vit(), vit(width=3)], {}, "'vit_tiny_patch16_224' cannot be made with .*width"),
         ([vit(), vit(num_heads=5)], {}, "cannot be made"),

@@ -21,6 +21,7 @@ from stitchable.evaluation import run_stitches
 from stitchable.export import export_onnx
 from stitchable.model.own import is_norm
 from stitchable.model.routes import Cascade, Stage, Stitch
+from stitchable.model.schema import write
 
 Model = StitchableForImageClassification
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -129,7 +130,7 @@ def test_a_cascade_of_such_stitches_is_extracted_with_them() -> None:
     model, ids = with_own("vit", 2)
     a, b = sorted(ids, key=lambda stitch_id: model.stitches[stitch_id].flops or 0)
     stages = (Stage(a, 1.0, "max_probability", 0.3), Stage(b, 1.0))
-    model.cascades = [Cascade(0, stages, 1.0, 2.0).to_dict()]  # type: ignore[assignment]
+    model.cascades = [write(Cascade(0, stages, 1.0, 2.0))]
     x = images("vit", 16)
     given, alone = model(x, cascade=0), model.extract(cascade=0)
     assert set(alone.own) == {str(a), str(b)}

@@ -15,7 +15,7 @@ STITCHES = [
 def test_the_null_line_and_the_cascades_are_drawn_beside_the_front() -> None:
     cascades = [
         {"id": 0, "flops": 1.5e6, "metrics": {"accuracy": 0.6, "gain": 0.2}},
-        {"id": 0, "flops": 3e6, "metrics": {"accuracy": 0.85, "gain": 0.05}},
+        {"id": 1, "flops": 3e6, "metrics": {"accuracy": 0.85, "gain": 0.05}},
     ]
     untouched = {1: (4_000_000, 0.9), 0: (1_000_000, 0.5), 5: (2_000_000, 0.45)}
     (axes,) = plot_stitches(STITCHES, ["a", "b"], untouched=untouched, cascades=cascades).axes

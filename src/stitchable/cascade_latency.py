@@ -21,9 +21,12 @@ _TEMPERATURE = 100.0
 
 
 def steps_of_stages(model: StitchablePreTrainedModel, cascade: Cascade) -> list[tuple[Step, ...]]:
-    """What each stage runs: its stitch, from where it parts from an earlier one."""
+    """What each stage runs: its stitch, from where it parts from an earlier one; timed as those of the anchors are."""
     plans = [model.steps(stage.stitch) for stage in cascade.stages]
-    return [plan[shared:] for plan, (_, shared) in zip(plans, beginnings(plans), strict=True)]
+    return [
+        tuple(step._replace(own=-1) for step in plan[shared:])
+        for plan, (_, shared) in zip(plans, beginnings(plans), strict=True)
+    ]
 
 
 def mean_latency(cascade: Cascade, lines: Lines, batch_size: int) -> float:

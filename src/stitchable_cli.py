@@ -690,6 +690,7 @@ def serve(
         loaded = _to(_load(model, trust_remote_code), device)
         title = Path(model).resolve().name if Path(model).is_dir() else model
         engine = Engine(loaded, processor_of(loaded), slo_ms / 1e3)
+        bound.listen()  # who reads the next line may connect at once, and waits for the warm-up
         address = f"http://{host}:{bound.getsockname()[1]}"
         typer.echo(f"{title}: {len(engine.policy.choices)} choices, target {slo_ms:g} ms, {address}")
         server.make_server(http.create_app(engine, title, token)).run(sockets=[bound])

@@ -140,7 +140,8 @@ def page(browser, address) -> Page:
 def expected(folder: Path, path: Path, stitch_id: int) -> list[tuple[str, str]]:
     model = StitchableForImageClassification.from_pretrained(folder)
     page = load_page()
-    scores, _ = page.classify(model.eval(), processor_of(model), page.read_picture(path), stitch_id)
+    pixel_values = processor_of(model)(images=page.read_picture(path), return_tensors="pt")["pixel_values"]
+    scores, _ = page.classify(model.eval(), pixel_values, model.stitches[stitch_id])
     best = sorted(scores.items(), key=lambda item: -item[1])
     return [(name, f"{round(100 * score)}%") for name, score in best]
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from families import randomise
-from stitchable import StitchableForImageClassification, from_anchors
+from stitchable import StitchableForImageClassification, from_anchors, making
 from stitchable.front import Judgement
 from stitchable.making import STEPS, UNFINISHED, Plan, Run, make, summary
 from stitchable_cli import app
@@ -107,7 +107,8 @@ def test_without_labels_nothing_is_called_accuracy(classes, anchors, tmp_path, c
     assert again.find(flops=1e12).metrics["agreement"] == 1.0
 
 
-def test_an_interrupted_run_goes_on_where_it_was(anchors, tmp_path) -> None:
+def test_an_interrupted_run_goes_on_where_it_was(anchors, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(making, "_STEPS", 20)
     plan = Plan(anchors, pictures(tmp_path / "pictures", 90))
     whole = make(plan, tmp_path / "whole")
     for number in (0, 2, len(STEPS) - 2):

@@ -368,6 +368,7 @@ def test_a_recipe_steps_and_moves_what_it_drew(name: str, teacher: str, tmp_path
         (["distillation={kind: hard}"], "distillation: kind hard needs a teacher"),
         (["distillation={kind: in_place, teacher: x}"], "distillation: kind in_place has no teacher"),
         (["distillation={kind: in_place}"], "distillation.kind in_place needs sampling.method sandwich"),
+        (["training.trainable=own", "gradient_accumulation_steps=2"], "training.trainable own: the back anchors teach"),
         (["anchors.0.weights=x.pth"], "anchors.weights are given, but pretrained is false"),
         (
             ["training.augmentation.auto_augment=v0"],

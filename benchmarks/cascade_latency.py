@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from cascades import resnets, search_model
-from datasets import Dataset
+from cascades import published_resnets, search_model
 from report import write_report
 
-import stitchable
 from stitchable import StitchableForImageClassification
 from stitchable.cascade_search import TwoFold
 from stitchable.cascade_stages import Costs
@@ -42,16 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of cifar10 and cifar10_resnets")
     data = parser.parse_args().data
-    anchors = [
-        {
-            "architecture": f"cifar_resnet{layers}",
-            "weights": resnets.find(data / "cifar10_resnets", f"resnet{layers}-*.th")[0],
-        }
-        for layers in resnets.LAYERS
-    ]
-    model = stitchable.from_anchors(anchors, stages=[0, 1, 2]).eval()
-    test = Dataset.from_parquet([str(file) for file in resnets.find(data / "cifar10", "test-*.parquet")])
-    batches = resnets.batches(test, model.config)
+    model, batches = published_resnets(data)
     found, costs, labels, logits = search_model(model, batches, [0, 1, 2, 3])
     logits.__exit__()
     pixels = torch.cat([batch["pixel_values"] for batch in batches])

@@ -65,18 +65,16 @@ def main() -> None:
     print(f"wrote {write_report('cascades', figures)}")
 
 
+def published_resnets(data: Path) -> tuple[StitchableForImageClassification, list[Any]]:
+    """The model of the four published ResNets, untouched, and batches of all 10,000 test images."""
+    model = stitchable.from_anchors(resnets.published(data / "cifar10_resnets"), stages=[0, 1, 2]).eval()
+    test = Dataset.from_parquet([str(file) for file in resnets.find(data / "cifar10", "test-*.parquet")])
+    return model, resnets.batches(test, model.config)
+
+
 def cifar10(data: Path) -> dict[str, Any]:
     """The four published ResNets on all 10,000 test images."""
-    anchors = [
-        {
-            "architecture": f"cifar_resnet{layers}",
-            "weights": resnets.find(data / "cifar10_resnets", f"resnet{layers}-*.th")[0],
-        }
-        for layers in resnets.LAYERS
-    ]
-    model = stitchable.from_anchors(anchors, stages=[0, 1, 2]).eval()
-    test = Dataset.from_parquet([str(file) for file in resnets.find(data / "cifar10", "test-*.parquet")])
-    batches = resnets.batches(test, model.config)
+    model, batches = published_resnets(data)
     figures = untouched_anchors(model, batches, [f"ResNet-{layers}" for layers in resnets.LAYERS])
     show("CIFAR-10", figures)
     return figures

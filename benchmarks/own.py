@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "examples" / "cifar10_resnets"))
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from report import write_report  # noqa: E402
-from reproduce_anchors import LAYERS, batches, find  # noqa: E402
+from reproduce_anchors import LAYERS, batches, find, published  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import stitchable  # noqa: E402
@@ -46,11 +46,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = parser.parse_args()
     teaching = Teaching(**{name: getattr(arguments, name) for name in vars(Teaching())})
-    anchors = [
-        {"architecture": f"cifar_resnet{layers}", "weights": find(arguments.weights, f"resnet{layers}-*.th")[0]}
-        for layers in LAYERS
-    ]
-    model = stitchable.from_anchors(anchors, stages=[0, 1, 2])
+    model = stitchable.from_anchors(published(arguments.weights), stages=[0, 1, 2])
     train, test = (
         Dataset.from_parquet([str(file) for file in find(arguments.data, f"{split}-*.parquet")])
         for split in ("train", "test")

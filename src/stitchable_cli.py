@@ -408,27 +408,16 @@ def eval(  # the name of the command
     as_json: Json = False,
 ) -> None:
     """Measure top-1, top-5 and loss of every stitch over one pass of the data, and the cascades that there are."""
-    from stitchable.card import Card
     from stitchable.cascades import evaluate_with_cascades
-    from stitchable.publishing import card_of, processor_of, update_repository
+    from stitchable.publishing import update_repository
 
-    card_of(folder)  # refuses one that cannot be written anew before anything is measured
-    model = _to(_load(folder, trust_remote_code), device)
-    known = Card.of(model.config, "")  # refuses facts that are none before anything is measured
-    batches = _batches(
-        data,
-        processor_of(model),
-        config=model.config,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        batch_size=batch_size,
-        seed=None,
+    columns = {"split": split, "image_column": image_column, "label_column": label_column}
+    model, batches, dataset, is_other = _to_measure(
+        folder, data, device, trust_remote_code, batch_size=batch_size, **columns
     )
-    dataset = Path(data).name if Path(data).is_dir() else data
     ids = _numbers(stitches, "--stitches")
     measured, of_cascades = evaluate_with_cascades(model, batches, ids, dataset=dataset, split=split or "")
-    if (known.dataset, known.split) != (dataset, split or ""):
+    if is_other:
         for stitch in model.stitches:  # what was measured on other data does not stand beside it
             model.record(stitch.id, metrics=measured.get(stitch.id, {}))
     update_repository(model, folder, dataset=dataset, split=split or "")
@@ -454,25 +443,14 @@ def cascade(
 ) -> None:
     """Find cascades, which run a dearer stitch where a cheaper one is unsure, and measure the stitches in that pass."""
     from stitchable import find_cascades
-    from stitchable.card import Card
     from stitchable.cascades import cascade_table
-    from stitchable.publishing import card_of, processor_of, update_repository
+    from stitchable.publishing import update_repository
 
-    card_of(folder)  # refuses one that cannot be written anew before anything is measured
-    model = _to(_load(folder, trust_remote_code), device)
-    known = Card.of(model.config, "")  # refuses facts that are none before anything is measured
-    batches = _batches(
-        data,
-        processor_of(model),
-        config=model.config,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        batch_size=batch_size,
-        seed=None,
+    columns = {"split": split, "image_column": image_column, "label_column": label_column}
+    model, batches, dataset, is_other = _to_measure(
+        folder, data, device, trust_remote_code, batch_size=batch_size, **columns
     )
-    dataset = Path(data).name if Path(data).is_dir() else data
-    if (known.dataset, known.split) != (dataset, split or ""):
+    if is_other:
         for stitch in model.stitches:  # what was measured on other data does not stand beside it
             model.record(stitch.id, metrics={})
     found = find_cascades(model, batches, _numbers(stitches, "--stitches"), dataset=dataset, split=split or "")
@@ -773,6 +751,21 @@ def _anchors(given: list[str], architectures: list[str]) -> list[str | dict[str,
 def _what_is_kept(output: Path, kept: Any, model: Any) -> str:
     ids = ", ".join(str(stitch.id) for stitch in kept.stitches if not stitch.is_anchor)
     return f"{output}: {len(kept.stitches)} of {len(model.stitches)} stitches, beside the anchors {ids or 'none'}"
+
+
+def _to_measure(
+    folder: Path, data: str, device: str, trust_remote_code: bool, *, split: str | None, **options: Any
+) -> tuple[Any, Any, str, bool]:
+    """A model, batches of labelled images, what these are, and whether what it was measured on is something else."""
+    from stitchable.card import Card
+    from stitchable.publishing import card_of, processor_of
+
+    card_of(folder)  # refuses one that cannot be written anew before anything is measured
+    model = _to(_load(folder, trust_remote_code), device)
+    known = Card.of(model.config, "")  # refuses facts that are none before anything is measured
+    batches = _batches(data, processor_of(model), config=model.config, split=split, seed=None, **options)
+    dataset = Path(data).name if Path(data).is_dir() else data
+    return model, batches, dataset, (known.dataset, known.split) != (dataset, split or "")
 
 
 def _batches(*arguments: Any, **options: Any) -> Any:

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import register_cifar_resnet  # noqa: F401  # registers the family
@@ -41,12 +42,17 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Everything, printed as it is measured."""
-    anchors = [
-        {"architecture": f"cifar_resnet{layers}", "weights": find(arguments.weights, f"resnet{layers}-*.th")[0]}
+def published(weights: Path) -> list[dict[str, Any]]:
+    """The four published networks, as `from_anchors` takes them, of the folder of their checkpoints."""
+    return [
+        {"architecture": f"cifar_resnet{layers}", "weights": find(weights, f"resnet{layers}-*.th")[0]}
         for layers in LAYERS
     ]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Everything, printed as it is measured."""
+    anchors = published(arguments.weights)
     print_spaces([anchor["architecture"] for anchor in anchors])
     model = stitchable.from_anchors(anchors, stages=[0, 1, 2]).to(arguments.device)
     test_files, train_files = (find(arguments.data, f"{split}-*.parquet") for split in ("test", "train"))

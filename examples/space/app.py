@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import BaseImageProcessor
 
@@ -27,15 +27,13 @@ from stitchable.model.cascades import score
 from stitchable.model.routes import Cascade, Choice, find_cascade, find_stitch
 from stitchable.model.schema import write
 from stitchable.plots import flops_unit, plot_stitches, route_in_words
-from stitchable.processing import to_rgb
+from stitchable.processing import upright
 from stitchable.publishing import file_of, processor_of
 
 TIMED_CALLS = 5
 _ABOUT_CASCADES = (
     " Or a cascade, within it on average: that runs a dearer network only where a cheaper one is not sure of the image."
 )
-# A few bytes can be an image of one by a million pixels, which the image processor would make 224 by as many millions.
-_MAX_ASPECT_RATIO = 50
 
 
 def create_page(
@@ -264,9 +262,7 @@ def read_picture(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
-                raise ValueError(f"one side is more than {_MAX_ASPECT_RATIO} times the other")
-            return to_rgb(ImageOps.exif_transpose(image))
+            return upright(image)
     except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
         reason = str(error).replace(str(path), "the file") or type(error).__name__
         raise ValueError(f"This image cannot be read: {reason}.") from error

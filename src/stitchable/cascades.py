@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from stitchable.cascade_search import Candidate, TwoFold, search_two_fold
 from stitchable.cascade_stages import Costs
-from stitchable.costs import shared_flops
+from stitchable.costs import check_counted, shared_flops
 from stitchable.evaluation import measure_batch, record_figures, run_batches
 from stitchable.fingerprints import Watch
 from stitchable.front import Judgement, judge_two_fold, on_own_front, paired_interval
@@ -176,7 +176,7 @@ def evaluate_with_cascades(
         counts = (labels != IGNORED).cpu()
         num_images += int(counts.sum())
         for cascade in model.cascades:
-            if {stage.stitch for stage in cascade.stages} <= set(logits):
+            if cascade.stitch_ids <= set(logits):
                 predictions, flops = _answers(cascade, logits)
                 right, spent = sums.get(cascade.id, (0.0, 0.0))
                 right += int((predictions == labels.cpu())[counts].sum())
@@ -221,9 +221,7 @@ def _ids(model: StitchableForImageClassification, stitch_ids: Sequence[int] | No
     ids = list(dict.fromkeys(find_stitch(model.stitches, i, model.config.left_out).id for i in wanted))
     if len(ids) < 2:
         raise ValueError(f"a cascade needs at least two stitches, got {ids}")
-    unknown = [stitch_id for stitch_id in ids if find_stitch(model.stitches, stitch_id).flops is None]
-    if unknown:
-        raise ValueError(f"nobody has counted the FLOPs of stitch {unknown[0]}; stitchable.update_costs(model) does")
+    check_counted(model, ids)
     return ids
 
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stitchable.families.adapter import Description, Layout
 from stitchable.families.registry import class_reference, create_model, describe
+from stitchable.model.cascades import num_shared_steps
 from stitchable.model.chain import Anchor, Chain, Part
-from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
+from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.model.operations import TimmModel
 from stitchable.model.routes import AnchorShape, Cut, Joint, Stitch, carried_tokens, find_stitch
 
@@ -223,10 +223,11 @@ def shared_flops(model: StitchablePreTrainedModel, stitch_ids: Sequence[int]) ->
     ]
 
 
-def num_shared_steps(first: Sequence[Step], second: Sequence[Step]) -> int:
-    """How many steps two stitches begin with alike."""
-    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-    return sum(1 for _ in alike)
+def check_counted(model: StitchablePreTrainedModel, stitch_ids: Sequence[int]) -> None:
+    """Refuse stitches without FLOPs with a ValueError that says what counts them."""
+    unknown = [stitch_id for stitch_id in stitch_ids if find_stitch(model.stitches, stitch_id).flops is None]
+    if unknown:
+        raise ValueError(f"nobody has counted the FLOPs of stitch {unknown[0]}; stitchable.update_costs(model) does")
 
 
 def update_costs(model: StitchablePreTrainedModel) -> None:

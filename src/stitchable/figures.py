@@ -6,7 +6,7 @@ from typing import Any
 from transformers.utils import logging
 
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
-from stitchable.model.routes import Stitch, find_stitch
+from stitchable.model.routes import Stitch
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +19,7 @@ def record(model: StitchablePreTrainedModel, stitch_id: int, **figures: Any) -> 
     Raises:
         ValueError: an unknown stitch or figure, or a figure that is no number.
     """
-    stitch, known = find_stitch(model.stitches, stitch_id), ("flops", "params", "latency_ms", "memory_mb", "metrics")
+    stitch, known = model._find(stitch_id), ("flops", "params", "latency_ms", "memory_mb", "metrics")
     if set(figures) - set(known):
         raise ValueError(f"a stitch has no figure {sorted(set(figures) - set(known))}; it has {', '.join(known)}")
     figures = {name: _plain(value) for name, value in figures.items()}

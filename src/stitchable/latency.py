@@ -239,7 +239,10 @@ class _Measured:
         rounds: dict[Step, list[float]] = {timed.step: [] for chain in chains for timed in chain}
         beyond: list[float] = []
         of_cascade: list[float] = []
-        cascades = [send_on(self.model, x, self.pixel_values, [self.batch_size] * 9) for x in self.model.cascades[:1]]
+        cascades = [
+            send_on(self.model, cascade, self.pixel_values, [self.batch_size] * len(cascade.stages))
+            for cascade in self.model.cascades[:1]
+        ]
         total = num_warmup_runs + num_runs
         for number in logging.tqdm(range(total), desc="timing the blocks of each anchor", leave=False):
             now: dict[Step, float] = {}

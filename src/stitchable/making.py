@@ -414,7 +414,7 @@ def _best_cascade(run: Run, stitch_ids: Collection[int]) -> str | None:
     sure = [
         cascade
         for cascade in run.model.cascades
-        if (cascade.interval or (0.0,))[0] > 0 and {stage.stitch for stage in cascade.stages} <= set(stitch_ids)
+        if (cascade.interval or (0.0,))[0] > 0 and cascade.stitch_ids <= set(stitch_ids)
     ]
     if not sure:
         return None

@@ -47,9 +47,8 @@ def recalibrate_batch_norms(
     if len(given) < 2:
         raise ValueError(f"statistics need at least two batches, one to judge them by; got {len(given)}")
     held_out = given[-max(1, len(given) // 4) :]
-    wanted = [stitch.id for stitch in model.stitches if not stitch.is_anchor] if stitch_ids is None else stitch_ids
     scores: dict[int, tuple[float, float]] = {}
-    for stitch_id in logging.tqdm(known_ids(model, wanted), desc="statistics", leave=False):
+    for stitch_id in logging.tqdm(ids_to_teach(model, stitch_ids), desc="statistics", leave=False):
         stitch = find_stitch(model.stitches, stitch_id)
         teacher, give_back = teacher_of(model, stitch), remember_own(model, stitch_id)
         model.give_own(stitch_id, stitch.own.rank if stitch.own else rank)
@@ -99,6 +98,13 @@ def _score(
                 labels = model.run_head(teacher[-1].anchor, features).argmax(-1)
             right.append(model(pixel_values, stitch_id=stitch_id).logits.argmax(-1) == labels.to(model.device))
     return float(torch.cat(right).float().mean())
+
+
+def ids_to_teach(model: StitchableForImageClassification, stitch_ids: Sequence[int] | None) -> list[int]:
+    """The ids of the stitches to change, each once; all but the anchors if None. Errors are those of `known_ids`."""
+    if stitch_ids is None:
+        stitch_ids = [stitch.id for stitch in model.stitches if not stitch.is_anchor]
+    return known_ids(model, stitch_ids)
 
 
 def teacher_of(model: StitchableForImageClassification, stitch: Stitch) -> tuple[Step, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import timm
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.transforms import str_to_pil_interp
 from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME
@@ -15,6 +15,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 
+_MAX_ASPECT_RATIO = 50  # a line of a million pixels, a few bytes of a file, would be resized to 224 times as many
 _save_pretrained = StitchablePreTrainedModel.save_pretrained
 
 
@@ -75,6 +76,17 @@ def image_processor(
         image_std=config.image_std,
         do_convert_rgb=True,
     )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image in RGB, turned as its EXIF data say; of an animation the first frame.
+
+    Raises:
+        ValueError: it is a line more than a picture.
+    """
+    if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(f"one side is more than {_MAX_ASPECT_RATIO} times the other")
+    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

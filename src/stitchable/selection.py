@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from stitchable.batches import unpack_batch
+from stitchable.costs import check_counted
 from stitchable.evaluation import evaluation_mode, run_to_heads
 from stitchable.front import pareto_front
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
 from stitchable.model.routes import Stitch, check_integer
 from stitchable.model.schema import write
+from stitchable.space import groups_by_cost
 
 logger = logging.get_logger(__name__)
 
@@ -79,9 +81,7 @@ def promising(model: StitchableForImageClassification) -> list[Stitch]:
     Raises:
         ValueError: stitches without FLOPs, or a model that lacks one of their anchors.
     """
-    unknown = [stitch.id for stitch in model.stitches if stitch.flops is None]
-    if unknown:
-        raise ValueError(f"nobody has counted the FLOPs of stitch {unknown[0]}; stitchable.update_costs(model) does")
+    check_counted(model, [stitch.id for stitch in model.stitches])
     stitches = [stitch for stitch in model.stitches if not stitch.is_anchor]
     anchors = {stitch.route[0].anchor: stitch.flops or 0 for stitch in model.stitches if stitch.is_anchor}
     missing = {segment.anchor for stitch in stitches for segment in stitch.route} - set(anchors)
@@ -152,7 +152,7 @@ def prune(model: StitchableForImageClassification, metric: str = "accuracy") -> 
     front = {stitch.id for stitch in pareto_front(model.stitches, metric)}
     if not front:
         raise ValueError(f"no stitch has a measured {metric}; stitchable.evaluate(model, batches) measures accuracy")
-    needed = {stage.stitch for cascade in model.cascades for stage in cascade.stages}
+    needed = {stitch_id for cascade in model.cascades for stitch_id in cascade.stitch_ids}
     others = {stitch.id for stitch in model.stitches if stitch.is_anchor or metric not in stitch.metrics}
     return keep_stitches(model, front | needed | others)
 
@@ -170,7 +170,7 @@ def keep_stitches(
     """
     settings = copy.deepcopy(model.config.to_dict())
     kept = [stitch for stitch in model.stitches if stitch.id in set(stitch_ids)]
-    cascades = [x for x in model.cascades if {stage.stitch for stage in x.stages} <= set(stitch_ids)]
+    cascades = [x for x in model.cascades if x.stitch_ids <= set(stitch_ids)]
     settings |= {"stitches": write(kept), "cascades": write(cascades)}
     if settings.get("cascade_id") not in [cascade.id for cascade in cascades]:
         settings["cascade_id"] = None
@@ -184,10 +184,7 @@ def keep_stitches(
 
 
 def _groups(stitches: Sequence[Stitch], number: int | None, spacing: float | None) -> list[list[Stitch]]:
-    """Groups of stitches of the same anchors whose FLOPs differ by a factor of at most `spacing`, of few enough groups.
-
-    A group starts when the gap to its first member exceeds the spacing, as in SN-Netv2 (arXiv 2307.00154).
-    """
+    """Groups of stitches of the same anchors, with FLOPs that differ by a factor up to `spacing`, or up to `number`."""
     if (number is None) == (spacing is None):
         raise ValueError(f"give a number of stitches to keep or a spacing, got number={number!r}, spacing={spacing!r}")
     pairs: dict[tuple[int, ...], list[Stitch]] = {}
@@ -216,15 +213,7 @@ def _groups(stitches: Sequence[Stitch], number: int | None, spacing: float | Non
 
 
 def _of_spacing(pairs: Iterable[Sequence[Stitch]], spacing: float) -> list[list[Stitch]]:
-    groups: list[list[Stitch]] = []
-    for pair in pairs:
-        first = None
-        for stitch in pair:
-            if first is None or (stitch.flops or 0) > first * spacing * (1 + 1e-9):
-                groups.append([])
-                first = stitch.flops or 0
-            groups[-1].append(stitch)
-    return groups
+    return [group for pair in pairs for group in groups_by_cost(pair, lambda first: first * spacing * (1 + 1e-9))]
 
 
 def _check_size(model: StitchableForImageClassification, pixel_values: torch.Tensor) -> None:

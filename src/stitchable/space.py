@@ -10,7 +10,7 @@ order, then the chains through more than two anchors.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby, pairwise, permutations
 from typing import Any, Literal, NamedTuple
@@ -120,6 +120,21 @@ def stages_of(
             grids = tuple(sorted((math.prod(stage.grid), stage.grid) for stage in (one, other)))[::-1]
             by_grids.setdefault(grids, {}).update({(a, b): (one, other), (b, a): (other, one)})
     return [by_grids[grids] for grids in sorted(by_grids, reverse=True)]
+
+
+def groups_by_cost(by_flops: Iterable[Stitch], most: Callable[[float], float]) -> list[list[Stitch]]:
+    """Groups of stitches of like cost, as in SN-Netv2 (Pan et al., 2023, https://arxiv.org/abs/2307.00154).
+
+    Args:
+        by_flops: the cheapest first.
+        most: the FLOPs up to which a stitch is in a group, given those of the group's first.
+    """
+    groups: list[list[Stitch]] = []
+    for stitch in by_flops:
+        if not groups or (stitch.flops or 0) > most(groups[-1][0].flops or 0):
+            groups.append([])
+        groups[-1].append(stitch)
+    return groups
 
 
 def default_stages(anchors: Sequence[AnchorShape], resize: Resize | None = None) -> Sequence[int]:

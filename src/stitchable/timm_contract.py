@@ -11,7 +11,7 @@ from stitchable.model.chain import Flow
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.operations import FUNCTION, TimmModel
 from stitchable.model.placement import brought_in, entering
-from stitchable.model.routes import check_integer, find_stitch
+from stitchable.model.routes import check_integer
 from stitchable.model.stitching import Side, grid_of
 
 logger = logging.get_logger(__name__)
@@ -75,10 +75,7 @@ def forward_intermediates(
     """
     if output_fmt not in ("NCHW", "NLC"):
         raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-    stitch, steps = (
-        find_stitch(model.stitches, model.config.stitch_id if stitch_id is None else stitch_id),
-        model.steps(stitch_id),
-    )
+    stitch, steps = model._find(stitch_id), model.steps(stitch_id)
     back = stitch.route[-1].anchor
     if stitch.is_anchor and hasattr(model.anchors[back], "forward_intermediates"):
         timm_model: TimmModel = model.anchors[back]

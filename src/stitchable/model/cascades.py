@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,14 +19,17 @@ class CascadeOutput(ImageClassifierOutput):
     flops: torch.Tensor | None = None
 
 
+def num_shared_steps(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many steps two stitches begin with alike."""
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return sum(1 for _ in alike)
+
+
 def beginnings(plans: Sequence[tuple[Any, ...]]) -> list[tuple[int, int]]:
     """For each of several sequences of steps the earlier one with which it shares most, and how many first steps."""
     found = [(0, 0)]
     for number, plan in enumerate(plans[1:], 1):
-        shared = []
-        for earlier in plans[:number]:
-            differing = [i for i, (a, b) in enumerate(zip(earlier, plan, strict=False)) if a != b]
-            shared.append(differing[0] if differing else min(len(earlier), len(plan)))
+        shared = [num_shared_steps(earlier, plan) for earlier in plans[:number]]
         found.append((shared.index(max(shared)), max(shared)))
     return found
 

@@ -122,15 +122,15 @@ class Chain:
         Raises:
             ValueError: names the first part or function that is missing.
         """
-        for name in (name for names in self._lists for name in names):
+        functions = (self.own_prefix, self.call, self.context)
+        for name in (*(name for names in self._lists for name in names), *filter(None, functions)):
             try:
-                if not name.startswith(FUNCTION):
+                if name.startswith(FUNCTION):
+                    self.functions[name] = find_function(name.removeprefix(FUNCTION), type(model))
+                else:
                     attrgetter(name)(model)
             except AttributeError as error:
                 raise lacking(model, error) from None
-        for named in (*(n for names in self._lists for n in names), self.own_prefix, self.call, self.context):
-            if named is not None and named.startswith(FUNCTION):
-                self.functions[named] = find_function(named.removeprefix(FUNCTION), type(model))
 
     def run_stem(self, model: TimmModel, pixel_values: torch.Tensor) -> Flow:
         """Pixel values (N, C, H, W) to what flows at cut 0."""

@@ -149,7 +149,7 @@ class StitchableConfig(PreTrainedConfig):
                 kept, default = restrict(stitches, config_dict.get("stitch_id"), stitch_id, max_flops)
             else:
                 cascades = read(tuple[Cascade, ...], config_dict.get("cascades", ()), "cascades")
-                needed = {stage.stitch for stage in find_cascade(cascades, cascade, stitches).stages}
+                needed = find_cascade(cascades, cascade, stitches).stitch_ids
                 kept, default = [stitch for stitch in stitches if stitch.id in needed], None
             left_out = {stitch.id for stitch in stitches} - {stitch.id for stitch in kept}
             left_out |= set(read(tuple[int, ...], config_dict.get("left_out", ()), "left_out"))

@@ -143,15 +143,15 @@ class StitchablePreTrainedModel(PreTrainedModel):
     @property
     def cascades(self) -> tuple[Cascade, ...]:
         """The cascades whose stitches this model has; set from what config.json has of all."""
-        return self._cascades
+        return tuple(self._cascades.values())
 
     @cascades.setter
     def cascades(self, cascades: Sequence[Mapping[str, Any]]) -> None:
         found, ids = read(tuple[Cascade, ...], cascades, "cascades"), {stitch.id for stitch in self.stitches}
         check_cascades(found, self.stitches, self.config.left_out)
-        self._cascades = tuple(x for x in found if {stage.stitch for stage in x.stages} <= ids)
+        self._cascades = {cascade.id: cascade for cascade in found if cascade.stitch_ids <= ids}
         self.config.cascades = write(found)
-        if self.config.cascade_id not in (None, *(x.id for x in self._cascades)):
+        if self.config.cascade_id not in (None, *self._cascades):
             self.set_stitch(self.stitches[-1].id)  # what was the default is gone
 
     def set_stitch(self, stitch_id: int) -> Stitch:
@@ -241,9 +241,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return find_stitch(self.stitches, wanted, self.config.left_out)
 
     def _find_cascade(self, cascade_id: int) -> Cascade:
-        known = {cascade.id: cascade for cascade in self._cascades} if type(cascade_id) is int else {}
-        cascades = () if cascade_id in known else read(tuple[Cascade, ...], self.config.cascades, "cascades")
-        return known.get(cascade_id) or find_cascade(cascades, cascade_id, self.stitches)
+        if type(cascade_id) is int and cascade_id in self._cascades:
+            return self._cascades[cascade_id]
+        return find_cascade(read(tuple[Cascade, ...], self.config.cascades, "cascades"), cascade_id, self.stitches)
 
     # ---------------------------------------------------------------- running
 
@@ -560,8 +560,9 @@ class StitchablePreTrainedModel(PreTrainedModel):
         config, kwargs = cls._read_config(kwargs.pop("config", None) or source, kwargs, hub)
         if not config.anchors:  # transformers makes an empty config where there is none
             raise ValueError(f"{source} has no config.json of a stitchable model")
-        cls._load_own_classes(config, source, trust_remote_code, hub)
-        files = find_shards(source, _needed_weights(config), variant=kwargs.get("variant"), **hub)
+        anchors, stitches = _described(config)
+        cls._load_own_classes(anchors, stitches, source, trust_remote_code, hub)
+        files = find_shards(source, _needed_weights(anchors, stitches), variant=kwargs.get("variant"), **hub)
         adapter, place = find_adapter(source, **hub), source
         if config.left_out:
             if adapter is not None:
@@ -594,9 +595,15 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return type(given).from_dict(given.to_dict(), **part) if part else given, kwargs
 
     @classmethod
-    def _load_own_classes(cls, config: Any, source: str | os.PathLike, trust: bool, hub: Mapping[str, Any]) -> None:
+    def _load_own_classes(
+        cls,
+        anchors: Sequence[Anchor],
+        stitches: Stitches,
+        source: str | os.PathLike,
+        trust: bool,
+        hub: Mapping[str, Any],
+    ) -> None:
         """Make the classes that the anchors name known, from the files of the checkpoint where that is trusted."""
-        anchors, stitches = _described(config)
         references = {anchors[segment.anchor].class_ for stitch in stitches for segment in stitch.route} - {None}
         # Code that travelled with the checkpoint runs because somebody trusted it.
         travelled = cls.__module__.startswith("transformers_modules.")
@@ -748,9 +755,8 @@ def _described(config: Any) -> tuple[list[Anchor], Stitches]:
     return anchors, Stitches(read(tuple[Stitch, ...], config.stitches, "stitches"))
 
 
-def _needed_weights(config: Any) -> Callable[[str], bool]:
-    """Whether a model of a config has a weight of this name."""
-    anchors, stitches = _described(config)
+def _needed_weights(anchors: Sequence[Anchor], stitches: Stitches) -> Callable[[str], bool]:
+    """Whether a model of these has a weight of this name."""
     parts = parts_used(anchors, stitches)
     others = {f"stitching_layers.{layer}." for stitch in stitches for layer in stitch.layers}
     others |= {f"own.{stitch.id}." for stitch in stitches if stitch.own}

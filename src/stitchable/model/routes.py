@@ -261,11 +261,16 @@ class Cascade:
 
     def __post_init__(self) -> None:
         """Refuse stages that are no cascade."""
-        ends, stitches = [stage.threshold is None for stage in self.stages], {stage.stitch for stage in self.stages}
-        if len(stitches) < 2 or len(stitches) < len(ends) or ends != [False] * (len(ends) - 1) + [True]:
+        ends, number = [stage.threshold is None for stage in self.stages], len(self.stitch_ids)
+        if number < 2 or number < len(ends) or ends != [False] * (len(ends) - 1) + [True]:
             raise ValueError("a cascade has at least two stages, of different stitches, each but the last a threshold")
         if not 0 < self.flops <= self.max_flops < math.inf:
             raise ValueError(f"flops must be above 0 and at most max_flops, got {self.flops} and {self.max_flops}")
+
+    @property
+    def stitch_ids(self) -> frozenset[int]:
+        """Of the stitches that it runs."""
+        return frozenset(stage.stitch for stage in self.stages)
 
     @property
     def mean_flops(self) -> float:
@@ -387,7 +392,7 @@ def find_cascade(cascades: Sequence[Cascade], cascade_id: Any, stitches: Sequenc
         raise ValueError(
             f"there is no cascade {wanted} (cascade_id); this model has {[x.id for x in cascades] or 'none'}"
         )
-    missing = {stage.stitch for stage in found.stages} - {stitch.id for stitch in stitches}
+    missing = found.stitch_ids - {stitch.id for stitch in stitches}
     if missing:
         raise ValueError(f"cascade {wanted} runs stitches {sorted(missing)}, left out here; load with cascade={wanted}")
     return found

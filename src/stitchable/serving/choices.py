@@ -8,7 +8,7 @@ from transformers.utils import logging
 from stitchable.latency import calibrate
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
 from stitchable.model.routes import Cascade, Stitch
-from stitchable.serving.policy import Choice
+from stitchable.serving.policy import Choice, front_by
 from stitchable.timing import describe_device
 
 logger = logging.get_logger(__name__)
@@ -61,11 +61,7 @@ def measure_latencies(model: StitchableForImageClassification) -> dict[int, Line
 
 def front_of(choices: Sequence[Choice], size: int = 1) -> list[Choice]:
     """Those that no other beats in both latency and accuracy, quickest first."""
-    front: list[Choice] = []
-    for choice in sorted(choices, key=lambda choice: (choice.seconds(size), -choice.accuracy)):
-        if not front or choice.accuracy > front[-1].accuracy:
-            front.append(choice)
-    return front
+    return front_by(choices, lambda choice: choice.seconds(size))
 
 
 def _cascade(cascade: Cascade, stitches: Sequence[Stitch], lines: dict[int, Line]) -> Choice:

@@ -5,14 +5,13 @@ import tempfile
 from collections.abc import Callable
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 
-from stitchable.processing import to_rgb
+from stitchable.processing import upright
 
 MAX_BYTES = 10 * 2**20
 MAX_PIXELS = 32_000_000
-_MAX_ASPECT_RATIO = 50  # a line of a million pixels would be resized to 224 times as many
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # others of Pillow's start programs, or nobody sends them
 
 
@@ -50,7 +49,7 @@ def decode(content: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             _check_size(*image.size)
-            return to_rgb(ImageOps.exif_transpose(image))
+            return upright(image)
     except (TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLarge(str(error)) from error
     except Image.UnidentifiedImageError as error:
@@ -62,5 +61,3 @@ def decode(content: bytes) -> Image.Image:
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise TooLarge(f"an image may have {MAX_PIXELS:,} pixels, this one has {width}x{height}")
-    if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"one side is more than {_MAX_ASPECT_RATIO} times the other")

@@ -8,9 +8,10 @@ summed accuracy, among those the quickest. All times are seconds of one clock, w
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
+from operator import methodcaller
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -44,6 +45,15 @@ class Choice:
     def bound(self, size: int) -> float:
         """What deadlines are judged by: the mean of n images strays from the mean as one does, by the root of n."""
         return self.seconds(size) * (1 + (self.worst - 1) / sqrt(size))
+
+
+def front_by(choices: Iterable[Choice], seconds: Callable[[Choice], float]) -> list[Choice]:
+    """Those that no other beats in both seconds and accuracy, quickest first."""
+    front: list[Choice] = []
+    for choice in sorted(choices, key=lambda choice: (seconds(choice), -choice.accuracy)):
+        if not front or choice.accuracy > front[-1].accuracy:
+            front.append(choice)
+    return front
 
 
 class Request(NamedTuple):
@@ -213,15 +223,10 @@ class _Table:
     """Of some choices, for each batch size: latencies in ascending order, and the best choice up to each."""
 
     def __init__(self, choices: Sequence[Choice], batch_sizes: Sequence[int]) -> None:
-        self.latencies: list[list[float]] = []
-        self.best: list[list[Choice]] = []
-        for size in batch_sizes:
-            front: list[Choice] = []
-            for choice in sorted(choices, key=lambda choice: (choice.bound(size), -choice.accuracy)):
-                if not front or choice.accuracy > front[-1].accuracy:
-                    front.append(choice)
-            self.best.append(front)
-            self.latencies.append([choice.bound(size) for choice in front])
+        self.best = [front_by(choices, methodcaller("bound", size)) for size in batch_sizes]
+        self.latencies = [
+            [choice.bound(size) for choice in front] for size, front in zip(batch_sizes, self.best, strict=True)
+        ]
         self.fastest = [latencies[0] for latencies in self.latencies]
 
     def most_accurate(self, row: int, limit: float) -> Choice:

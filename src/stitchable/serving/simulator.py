@@ -4,15 +4,12 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from stitchable.serving.policy import Choice, Plan, Policy, Request
 from stitchable.serving.traces import Arrivals
-
-if TYPE_CHECKING:
-    pass
 
 
 class Decider(Protocol):

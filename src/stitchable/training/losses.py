@@ -78,8 +78,13 @@ class StitchLoss:
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def _soften(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        student, teacher = (F.log_softmax(values.float() / self.temperature, dim=-1) for values in (logits, target))
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
+        return soften(logits, target, self.temperature)
+
+
+def soften(logits: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL divergence of a student's logits (N, num_labels) from a teacher's at a temperature T, times T^2."""
+    student, teacher = (F.log_softmax(values.float() / temperature, dim=-1) for values in (logits, target))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _harden(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -21,12 +21,12 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers.utils import logging
 
 from stitchable.batches import unpack_batch
-from stitchable.evaluation import evaluation_mode, known_ids
+from stitchable.evaluation import evaluation_mode
 from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification
 from stitchable.model.routes import find_stitch
-from stitchable.own import remember_own, run_steps, teacher_of
+from stitchable.own import ids_to_teach, remember_own, run_steps, teacher_of
 from stitchable.training.augmentation import derive_seed, random_crop, seeded
-from stitchable.training.losses import StitchLoss
+from stitchable.training.losses import soften
 from stitchable.training.resuming import weights_digest
 
 logger = logging.get_logger(__name__)
@@ -85,8 +85,7 @@ def teach_stitches(
             its joint; a loss that is not finite; or a folder of another run. Stitches that are finished stay taught.
     """
     teaching = teaching or Teaching()
-    ids = [stitch.id for stitch in model.stitches if not stitch.is_anchor] if stitch_ids is None else stitch_ids
-    ids = known_ids(model, ids)
+    ids = ids_to_teach(model, stitch_ids)
     for stitch_id in ids:
         teacher_of(model, find_stitch(model.stitches, stitch_id))
     kept = None if folder is None else _Kept(Path(folder), model, teaching)
@@ -161,7 +160,7 @@ def _loss(
         flow = run_steps(model, steps[:joint], model.start(pixel_values))
     features = run_steps(model, steps[joint:], flow).features
     logits = model.run_head(steps[-1].anchor, features)
-    loss = StitchLoss(temperature=teaching.temperature)._soften(logits, target)
+    loss = soften(logits, target, teaching.temperature)
     if teaching.features:
         loss = loss + teaching.features * F.mse_loss(features.float(), wanted.float()) / wanted.float().var()
     if teaching.labels and labels is not None:

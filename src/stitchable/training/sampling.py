@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from stitchable import Stitch
+from stitchable.space import groups_by_cost
 
 Method = Literal["uniform", "flops_groups", "sandwich"]
 AcrossProcesses = Literal["same", "independent"]
@@ -69,7 +70,9 @@ class StitchSampler:
         if not drawn:
             raise ValueError("there is no stitch to draw")
         by_flops = sorted(drawn, key=lambda stitch: (stitch.flops or 0, stitch.id))
-        self._groups = _groups(by_flops, flops_gap) if method == "flops_groups" else [by_flops]
+        self._groups = [by_flops]
+        if method == "flops_groups":
+            self._groups = groups_by_cost(by_flops, lambda first: first + flops_gap)
 
     def draw(self, step: int, process: int = 0) -> tuple[int, ...]:
         """The ids that a process runs at a step, counted from 0.
@@ -119,12 +122,3 @@ class StitchSampler:
         missing = {segment.anchor for stitch in drawn for segment in stitch.route} - set(self._anchors)
         if missing:
             raise ValueError(f"a sandwich runs the anchors too, but anchor {min(missing)} is not among the stitches")
-
-
-def _groups(by_flops: Sequence[Stitch], flops_gap: float) -> list[list[Stitch]]:
-    groups: list[list[Stitch]] = []
-    for stitch in by_flops:
-        if not groups or (stitch.flops or 0) - (groups[-1][0].flops or 0) > flops_gap:
-            groups.append([])
-        groups[-1].append(stitch)
-    return groups

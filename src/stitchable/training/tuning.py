@@ -10,15 +10,11 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stitchable.batches import unpack_batch
-from stitchable.evaluation import known_ids, measure_agreement, run_batches
+from stitchable.evaluation import measure_agreement, run_batches
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
 from stitchable.model.routes import find_stitch
-from stitchable.own import recalibrate_batch_norms, remember_own, teacher_of
-from stitchable.training.own import (
-    Teaching,
-    augmented,
-    teach_stitches,
-)
+from stitchable.own import ids_to_teach, recalibrate_batch_norms, remember_own, teacher_of
+from stitchable.training.own import Teaching, augmented, teach_stitches
 
 HELD_OUT = 1000
 """Images at most, and a fifth of them, that no stitch is taught on: they say whether it got better."""
@@ -62,8 +58,7 @@ def tune(
         ValueError: images of another size than the model's, or too few for a batch beside those held out; or as
             `teach_stitches`.
     """
-    wanted = [stitch.id for stitch in model.stitches if not stitch.is_anchor] if stitch_ids is None else stitch_ids
-    ids, number = known_ids(model, wanted), min(HELD_OUT, len(pixel_values) // 5)
+    ids, number = ids_to_teach(model, stitch_ids), min(HELD_OUT, len(pixel_values) // 5)
     for stitch_id in ids:
         teacher_of(model, find_stitch(model.stitches, stitch_id))  # refuses what cannot be taught
     taught_on, known = pixel_values[number:], None if labels is None else labels[number:]

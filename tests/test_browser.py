@@ -214,6 +214,34 @@ def test_a_broken_image_gets_a_message_and_the_page_goes_on(kind, message, page,
     )
 
 
+def test_a_cascade_says_which_stage_answered_and_why(browser, folder, tmp_path) -> None:
+    """Of two cascades one is never sure after its first stage, and the other always."""
+    model = StitchableForImageClassification.from_pretrained(folder)
+    cheap, dear = (model.stitches[i].flops for i in (0, 4))
+    last = {"stitch": 4, "flops": dear}
+    model.cascades = [
+        {
+            "id": number,
+            "stages": [{"stitch": 0, "flops": cheap, "score": "max_probability", "threshold": threshold}, last],
+            "flops": cheap,
+            "max_flops": cheap + dear,
+            "metrics": {"accuracy": 0.99},
+        }
+        for number, threshold in enumerate((1.0, 0.0))
+    ]
+    save_repository(model, tmp_path / "model", image_processor(model.config, crop_pct=1.0), Card("tiny", "noise"))
+    with serve([sys.executable, "-m", "stitchable_cli", "app", str(tmp_path / "model")], tmp_path) as address:
+        page = Page(browser, address)
+        for number, stage, stitch_id, relation in ((0, 2, 4, "below 1.000"), (1, 1, 0, "at least 0.000")):
+            page.find("#stitch-B input").click()
+            page.find(f"ul[role=listbox] li[aria-label^='cascade {number}']").click()
+            said = page.wait_for("#facts-B", rf"Cascade {number}:[^$]*Stage {stage} of 2")
+            assert f"stitch {stitch_id}, answered: largest probability of stitch 0" in said
+            assert relation in said
+            wanted = expected(folder, folder / "sample.png", stitch_id)
+            WebDriverWait(browser, SECONDS).until(lambda _, wanted=wanted: page.scores("B") == wanted)
+
+
 def test_the_file_alone_is_a_space(browser, folder, tmp_path) -> None:
     shutil.copytree(space_folder(), tmp_path, dirs_exist_ok=True)
     (tmp_path / "images").mkdir()

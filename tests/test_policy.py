@@ -177,3 +177,19 @@ def test_ever_other_wishes_take_no_ever_growing_memory() -> None:
 def test_the_file_imports_no_torch() -> None:
     code = f"import runpy, sys; runpy.run_path({policy_module.__file__!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_late_answers_make_it_careful_until_they_are_as_rare_as_they_shall_be() -> None:
+    policy = Policy(CHOICES, TARGET)
+    queue = [Request(TARGET - 1)]
+    assert policy.decide(queue, 0.0).choice == CHOICES[2]
+    for _ in range(200):
+        policy.answered(in_time=False)
+    assert policy.caution == TARGET / 2  # and no more
+    assert policy.decide(queue, 0.0).choice == CHOICES[1]
+    assert policy.decide([Request(1.0)], 0.0).choice == CHOICES[0]  # the fastest is in time still, so nothing is shed
+    for _ in range(99):
+        policy.answered(in_time=True)
+    assert policy.caution < TARGET / 2
+    policy.answered(in_time=False)
+    assert policy.caution == pytest.approx(TARGET / 2)  # one miss in a hundred holds the balance

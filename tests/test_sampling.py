@@ -106,6 +106,31 @@ def test_anchors_come_as_often_as_they_shall(method: Any) -> None:
     assert all(abs(counts[i] - number) < 6 * number**0.5 for i, number in expected.items())
 
 
+def test_in_rounds_each_comes_once_before_any_comes_again() -> None:
+    drawn = [i for ids in draws(9 * 5, order="rounds", stitches_per_step=3) for i in ids]
+    rounds = [drawn[first : first + 9] for first in range(0, len(drawn), 9)]
+    assert all(sorted(ids) == list(range(9)) for ids in rounds)
+    assert len(set(map(tuple, rounds))) == len(rounds)  # in another order each time
+
+
+def test_in_rounds_anchors_come_exactly_as_often_as_they_shall() -> None:
+    settings = {"order": "rounds", "stitches_per_step": 4, "anchor_probability": 0.25}
+    drawn = draws(12, **settings)
+    assert all(sum(i < 3 for i in ids) == 1 for ids in drawn)
+    counts = Counter(i for ids in drawn for i in ids)
+    assert counts == {**dict.fromkeys(range(3), 4), **dict.fromkeys(range(3, 9), 6)}
+    assert counts == pytest.approx(StitchSampler(family(), **settings).updates(12))
+
+
+def test_groups_and_sandwiches_in_rounds() -> None:
+    groups = [{0, 5, 4, 3}, {1, 8}, {7, 6}, {2}]
+    drawn = [i for ids in draws(4 * 4, method="flops_groups", flops_gap=15, order="rounds") for i in ids]
+    for first in range(0, 16, 4):
+        assert all(len(group & set(drawn[first : first + 4])) == 1 for group in groups)
+    assert Counter(drawn) == {i: 4 // len(group) for group in groups for i in group}
+    assert {ids[1] for ids in draws(6, method="sandwich", order="rounds")} == set(range(3, 9))
+
+
 def test_updates_are_those_of_all_processes_and_of_whole_sandwiches() -> None:
     settings = {"across_processes": "independent", "num_processes": 3}
     assert StitchSampler(family(), **settings).updates(90) == pytest.approx(dict.fromkeys(range(9), 30))
@@ -121,6 +146,13 @@ def test_processes_draw_the_same_unless_told_otherwise() -> None:
         assert sampler.draw_all(7) == [sampler.draw(7, process) for process in range(3)]
 
 
+def test_independent_processes_have_rounds_of_their_own() -> None:
+    sampler = StitchSampler(family(), order="rounds", across_processes="independent", num_processes=2)
+    first, second = zip(*(sampler.draw_all(step) for step in range(9)), strict=True)
+    assert sorted(first) == sorted(second) == [(i,) for i in range(9)]
+    assert first != second
+
+
 def test_independent_processes_draw_for_themselves() -> None:
     sampler = StitchSampler(family(), across_processes="independent", num_processes=2)
     pairs = Counter(tuple(sampler.draw_all(step)) for step in range(8100))
@@ -130,8 +162,9 @@ def test_independent_processes_draw_for_themselves() -> None:
 
 @pytest.mark.parametrize("method", ["uniform", "flops_groups", "sandwich"])
 @pytest.mark.parametrize("across", ["same", "independent"])
-def test_a_draw_depends_on_seed_step_and_process_alone(method: Any, across: Any) -> None:
-    settings = {"method": method, "across_processes": across, "num_processes": 2}
+@pytest.mark.parametrize("order", ["independent", "rounds"])
+def test_a_draw_depends_on_seed_step_and_process_alone(method: Any, across: Any, order: Any) -> None:
+    settings = {"method": method, "across_processes": across, "order": order, "num_processes": 2}
     sampler = StitchSampler(family(), **settings)
     forwards = [sampler.draw_all(step) for step in range(60)]
     random.seed(5)

@@ -1,6 +1,7 @@
 """Run the experiments of docs/reproduction.md: every variant of a study over several seeds, results as JSON.
 
     python benchmarks/reproduction/reproduce.py digits
+    python benchmarks/reproduction/reproduce.py digits_defaults
     python benchmarks/reproduction/reproduce.py cifar10 data.files.train=GLOB data.files.test=GLOB
     python benchmarks/reproduction/reproduce.py cifar10_resnets data.files.train=GLOB data.files.test=GLOB \
         anchors.0.weights=FILE ...
@@ -65,10 +66,13 @@ def alone(epochs: int, ids: list[int], schedule: list[str]) -> dict[str, list[st
     return {f"alone-{i}": [*settings, f"sampling.stitches=[{i}]", f"evaluation.stitches=[{i}]"] for i in ids}
 
 
+AS_PRINTED = ["sampling={stitches_per_step: 1}", "training.learning_rate=2e-3"]
+"""Algorithm 1 of the paper: one stitch of all per step, each draw independent; at that the rate was chosen too."""
+
 STUDIES = {
     "digits": Study(
         "training/recipes/digits.yaml",
-        [],
+        AS_PRINTED,
         {
             "base": [],
             "kaiming": ["initialization.method=kaiming"],
@@ -91,6 +95,19 @@ STUDIES = {
         },
         from_scratch=("no-pretraining", *(f"alone-{i}" for i in (6, 10, 14, 22, 26, 30))),
         cropped={"base": 2, "drop-path": 2},
+    ),
+    "digits_defaults": Study(
+        "training/recipes/digits.yaml",
+        [],
+        {
+            "base": [],
+            "as-printed": AS_PRINTED,
+            "kaiming": ["initialization.method=kaiming"],
+            "slow-to-fast": ["space.direction=slow_to_fast"],
+            "layers-only": ["training.trainable=stitching_layers"],
+            "epochs-40": ["training.epochs=40"],
+        },
+        seeds=5,
     ),
     "cifar10": Study(
         "training/recipes/cifar10.yaml",

@@ -8,6 +8,7 @@ deviations over the seeds.
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -131,6 +132,25 @@ def _front(runs: dict[str, dict[str, Run]]) -> str:
             ]
         )
     return _table(["variant", "null line", "area of the front", "straight line", "share"], rows)
+
+
+def _seeds(runs: dict[str, dict[str, Run]]) -> str:
+    """What the base reaches, seed by seed, and in the mean."""
+    rows = []
+    for seed, run in sorted(runs["base"].items()):
+        judged, stitches = judge_run(run, run["before"]), stitches_of(run, "trained").values()
+        losses = [run["before"][i] - run["trained"][i] for i in run["before"]]
+        share = math.nan if judged.share is None else judged.share
+        rows.append((seed, judged.null_line, judged.area, share, statistics.mean(stitches), min(stitches), max(losses)))
+    rows.append(("mean", *(statistics.mean(column) for column in list(zip(*rows, strict=True))[1:])))
+    cells = [
+        [seed, *(f"{100 * x:.2f} %" for x in (null_line, area)), f"{share:.2f}"]
+        + [f"{100 * x:.2f} %" for x in (mean, worst)]
+        + [f"{100 * loss:.2f}"]
+        for seed, null_line, area, share, mean, worst, loss in rows
+    ]
+    head = ["seed", "null line", "area", "share", "mean of the stitches", "worst", "largest loss of an anchor, points"]
+    return _table(head, cells)
 
 
 def judge_run(run: Run, untouched: dict[str, float]) -> Judgement:
@@ -264,6 +284,7 @@ TABLES = {
     "anchors": _anchors,
     "interpolation": _interpolation,
     "front": _front,
+    "seeds": _seeds,
     "variants": _variants,
     "nearest": _nearest,
     "alone": _alone,

@@ -259,6 +259,33 @@ def cascade_table(cascades: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *_what_figures_are(cascades)])
 
 
+def beside_stitches(config: StitchableConfig, num_budgets: int = 2) -> str:
+    """What cascades as `find_cascades` left them give within mean budgets, beside the best stitch: a line for each.
+
+    The budgets are evenly spaced in log FLOPs between the cheapest and the dearest anchor.
+    """
+    flops = [stitch["flops"] for stitch in config.stitches if len(stitch["route"]) == 1]
+    budgets = np.geomspace(min(flops), max(flops), num_budgets + 2)[1:-1]
+    unit, divisor = flops_unit(max(flops))
+    cascades = [cascade for cascade in runnable(config) if "gain" in cascade["metrics"]]
+    lines = []
+    for budget in budgets:
+        said = f"{budget / divisor:.2f} {unit} per image on average: "
+        within = [cascade for cascade in cascades if cascade["flops"] <= budget]
+        if within:
+            best = max(within, key=lambda cascade: cascade["metrics"]["accuracy"])
+            accuracy, gain = best["metrics"]["accuracy"], best["metrics"]["gain"]
+            low, high = (100 * bound for bound in best["interval"])
+            said += (
+                f"cascade {best['id']} ({stages_in_words(best['stages'])}) {100 * accuracy:.2f} %, the best stitch "
+                f"{100 * (accuracy - gain):.2f} % ({100 * gain:+.2f} points, {low:+.2f} to {high:+.2f})"
+            )
+        else:
+            said += "no cascade is better than the best stitch"
+        lines.append(said)
+    return "\n".join(lines)
+
+
 def _what_figures_are(cascades: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     said = f"{cascades[0].get('images') or 0:,} images"
     if any(cascade.get("interval") for cascade in cascades):

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import sys
 import time
 from bisect import insort
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ from stitchable.serving.policy import Choice, Plan, Policy, Request
 from stitchable.serving.statistics import Statistics
 
 _DECODERS = 2  # threads
-_WAY = 0.002  # seconds that a request and its answer spend in HTTP, which are the deadline's too
+_WAY = 0.002  # seconds that a request and its answer spend in HTTP at the least, which are the deadline's too
+_SWITCH = 0.0005  # seconds after which a thread gives way to another: with Python's 5 ms, HTTP waits for the model
 _now = time.perf_counter  # a loop's own time may be of whole milliseconds (uvloop)
 
 
@@ -135,6 +137,7 @@ class Engine:
 
     def start(self) -> None:
         """Begin to answer, on the running event loop."""
+        sys.setswitchinterval(_SWITCH)
         self._loop = asyncio.get_running_loop().create_task(self._run())
 
     async def drain(self) -> None:
@@ -176,7 +179,9 @@ class Engine:
             waiting = _Waiting(request, arrived, deadline, pixel_values, loop.create_future())
             insort(self._queue, waiting, key=lambda other: other.request.deadline)
             self._wake.set()
-            return await waiting.answer
+            answer = await waiting.answer
+            self.policy.answered(_now() <= request.deadline)  # now, when the loop has come to it
+            return answer
         except asyncio.CancelledError:
             self.statistics.ended("gone")
             raise

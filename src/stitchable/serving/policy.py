@@ -19,6 +19,8 @@ import numpy as np
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 _MAX_TABLES = 256
 _FORGETTING = 0.1  # of the running means of latencies: 90 % of a change is seen after 22 batches, 99.5 % after 50
+_AIM = 0.99  # part of the answers that are to be there in time
+_CAUTION = 0.02  # of the target: by which a missed deadline raises the margin, up to half of the target
 _ARRIVALS = 16  # over which the rate is taken: few, because a burst must be noticed while it begins
 
 
@@ -87,7 +89,7 @@ class Plan(NamedTuple):
 
 
 class Policy:
-    """Decides by tables that are made once; `observe` and `arrived` tell it how the machine and the load are.
+    """Decides by tables that are made once; `arrived`, `observe` and `answered` tell it how machine and load are.
 
     Args:
         choices: what can run, in any order.
@@ -108,6 +110,9 @@ class Policy:
         self.choices, self.target, self.batch_sizes = tuple(choices), target, tuple(batch_sizes)
         self.max_queue = max_queue
         self.scale, self.spread = 1.0, 0.0  # observed / predicted seconds: the mean, and how far above it they go
+        self.caution = (
+            0.0  # seconds that are left to spare, for what no prediction sees: a burst, HTTP, other processes
+        )
         self._arrivals: deque[float] = deque(maxlen=_ARRIVALS)
         self._tables: dict[int, _Table] = {}
         everything = self._table(-1)
@@ -138,7 +143,9 @@ class Policy:
         slack = np.concatenate((slack, coming[:, None]), axis=1)
         fastest = np.array([table.fastest[row] for row, table in enumerate(tables)])[:, None]
         lost = (slack < fastest).sum(axis=1).tolist()  # deadlines that even the fastest choice puts out of reach
-        limits = np.where(slack < fastest, inf, slack).min(axis=1).tolist()  # and so long none is lost beyond them
+        # And so long none is lost beyond them; what leaves less than the caution to spare gets the fastest.
+        spare = np.maximum(slack - self.caution / self.factor, fastest)
+        limits = np.where(slack < fastest, inf, spare).min(axis=1).tolist()
         best: tuple[float, float, float] = (inf, 0.0, 0.0)
         plan = Plan(shed, None, 0, 0.0)
         for row, table in enumerate(tables):
@@ -169,6 +176,15 @@ class Policy:
         above = min(seconds / plan.choice.bound(plan.size), limit) - self.scale
         self.spread += _FORGETTING * (max(0.0, above) - self.spread)
         self.scale += _FORGETTING * (min(seconds / plan.seconds, limit) - self.scale)
+
+    def answered(self, in_time: bool) -> None:
+        """A request has its answer, by its deadline or not; those that were shed no caution would have saved.
+
+        Steps of these sizes hold where the aim is met: the caution follows that quantile of what is needed (Robbins and
+        Monro, 1951).
+        """
+        step = -(1 - _AIM) if in_time else _AIM
+        self.caution = min(max(self.caution + _CAUTION * self.target * step, 0.0), self.target / 2)
 
     def request(self, deadline: float, permits: Callable[[Choice], bool] | None = None) -> Request:
         """What the queue holds of a request, which may permit some choices only.

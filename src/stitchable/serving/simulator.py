@@ -18,6 +18,7 @@ class Decider(Protocol):
     def arrived(self, now: float) -> None: ...
     def decide(self, queue: Sequence[Request], now: float) -> Plan: ...
     def observe(self, plan: Plan, seconds: float) -> None: ...
+    def answered(self, in_time: bool) -> None: ...
 
 
 @dataclass
@@ -99,6 +100,8 @@ def simulate(
             outcome.busy += seconds
             outcome.batches[plan.choice.kind, plan.choice.id] += 1
             policy.observe(plan, seconds)
+            for index in answered:
+                policy.answered(bool(now <= arrivals[index] + target))
     return outcome
 
 
@@ -126,3 +129,7 @@ class Threshold:
     def observe(self, plan: Plan, seconds: float) -> None:
         self.calm.observe(plan, seconds)
         self.busy.observe(plan, seconds)
+
+    def answered(self, in_time: bool) -> None:
+        self.calm.answered(in_time)
+        self.busy.answered(in_time)

@@ -240,16 +240,24 @@ def make_processor(data: Data, config: StitchableConfig) -> BitImageProcessor:
 
 
 def make_test_loader(
-    dataset: Images, data: Data, processor: BitImageProcessor, batch_size: int, accelerator: Accelerator
+    dataset: Images,
+    data: Data,
+    processor: BitImageProcessor,
+    batch_size: int,
+    accelerator: Accelerator,
+    *,
+    shared: bool = True,
 ) -> DataLoader:
-    """Batches {"pixel_values", "labels"} of a split in order, prepared by the accelerator, whose processes share them.
+    """Batches {"pixel_values", "labels"} of a split in order, which the processes share unless each is to get all.
 
     With data.on_corrupt_image "skip", an image that cannot be read is zeros with the label -100.
     """
     if data.in_memory and isinstance(dataset, Dataset):
         pixels = _in_memory(dataset, data, processor, accelerator)
-        return accelerator.prepare(DataLoader(pixels, batch_size, collate_fn=_identity, generator=torch.Generator()))
-    return accelerator.prepare(_evaluation_loader(dataset, data, processor, batch_size, accelerator))
+        loader = DataLoader(pixels, batch_size, collate_fn=_identity, generator=torch.Generator())
+    else:
+        loader = _evaluation_loader(dataset, data, processor, batch_size, accelerator)
+    return accelerator.prepare(loader) if shared else loader
 
 
 def sample_images(

@@ -204,6 +204,7 @@ class Sampling(_Section):
         method: "uniform" (the paper), "flops_groups" (SN-Netv2: a group of stitches of like cost, then one of it), or
             "sandwich" (a stitch together with the anchors it connects).
         flops_gap: FLOPs by which the stitches of a group may lie above its cheapest.
+        order: "independent" draws (the paper), or shuffled "rounds" in which each comes once.
         stitches_per_step: how many are drawn; stitch j of k takes the images at the positions i of the batch of each
             process with i mod k = j.
         anchor_probability: that an anchor is drawn, not one of the others; null draws anchors like all stitches.
@@ -213,6 +214,7 @@ class Sampling(_Section):
 
     method: Literal["uniform", "flops_groups", "sandwich"] = "uniform"
     flops_gap: float = Field(1e9, ge=0)
+    order: Literal["independent", "rounds"] = "independent"
     stitches_per_step: int = Field(1, ge=1)
     anchor_probability: Fraction | None = None
     across_processes: Literal["same", "independent"] = "same"
@@ -242,11 +244,15 @@ class Distillation(_Section):
 
 
 class Evaluation(_Section):
-    """What is measured: `stitches` at the end, all of them if null; the anchors `every` so many epochs meanwhile."""
+    """What is measured: `stitches` at the end, all of them if null; the anchors `every` so many epochs meanwhile.
+
+    With `cascades`, the best cascades of these stitches are found on the test images too, in another pass.
+    """
 
     batch_size: int = Field(512, ge=1)
     every: int | None = Field(None, ge=1)
     stitches: list[int] | None = Field(None, min_length=1)
+    cascades: bool = False
     throughput: bool = True
 
 

@@ -7,13 +7,17 @@ any step can be replayed, and no other random number of the run is touched.
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal
+from functools import lru_cache
+from math import floor
+from typing import Literal, TypeVar
 
 from stitchable import Stitch
 from stitchable.space import groups_by_cost
 
 Method = Literal["uniform", "flops_groups", "sandwich"]
+Order = Literal["independent", "rounds"]
 AcrossProcesses = Literal["same", "independent"]
+T = TypeVar("T")
 
 
 class StitchSampler:
@@ -26,9 +30,11 @@ class StitchSampler:
             each group of stitches of like cost equally likely, uniform inside (Pan et al., SN-Netv2, 2023);
             "sandwich", a uniform stitch with the anchors it connects (appendix D), the largest anchor first.
         flops_gap: a group of "flops_groups" holds what is at most so many FLOPs above its cheapest stitch; 1e9 there.
+        order: "independent" draws; or "rounds", in which each comes once in shuffled order, so that a short schedule
+            trains all of them equally often (each group too, and within it each stitch).
         stitches_per_step: how many are drawn, each for an equal share of the images of a process.
         anchor_probability: that a draw is an anchor, each equally likely, and otherwise what `method` draws of the
-            others; None draws anchors like all stitches.
+            others; in rounds every so many draws are one. None draws anchors like all stitches.
         across_processes: "same" draws for all processes; "independent" lets each draw for itself, as the authors' code
             does.
         num_processes: how many processes train together.
@@ -46,6 +52,7 @@ class StitchSampler:
         *,
         method: Method = "uniform",
         flops_gap: float = 1e9,
+        order: Order = "independent",
         stitches_per_step: int = 1,
         anchor_probability: float | None = None,
         across_processes: AcrossProcesses = "same",
@@ -58,7 +65,8 @@ class StitchSampler:
             raise ValueError(f"there is no stitch {unknown[0]} to draw; this model has {min(by_id)}..{max(by_id)}")
         drawn = [by_id[i] for i in stitch_ids] if stitch_ids is not None else list(stitches)
         self.stitches_per_step, self._anchor_probability = stitches_per_step, anchor_probability
-        self._method, self._across, self._seed, self._num_processes = method, across_processes, seed, num_processes
+        self._method, self._order, self._across = method, order, across_processes
+        self._seed, self._num_processes = seed, num_processes
         self._anchors = {stitch.route[0].anchor: stitch for stitch in stitches if stitch.is_anchor}
         self._drawn_anchors = [stitch for stitch in drawn if stitch.is_anchor]
         if method == "sandwich" or anchor_probability is not None:
@@ -79,9 +87,13 @@ class StitchSampler:
 
         One, or `stitches_per_step` of them (one may come twice), or with "sandwich" the largest anchor first.
         """
-        key = f"{self._seed} {step} {process}" if self._across == "independent" else f"{self._seed} {step}"
-        generator = random.Random(key)
-        drawn = [self._draw(generator) for _ in range(self.stitches_per_step)]
+        own = f" {process}" if self._across == "independent" else ""
+        numbers = range(step * self.stitches_per_step, (step + 1) * self.stitches_per_step)
+        if self._order == "rounds":
+            drawn = [self._in_rounds(f"{self._seed}{own}", number) for number in numbers]
+        else:
+            generator = random.Random(f"{self._seed} {step}{own}")
+            drawn = [self._draw(generator) for _ in numbers]
         if self._method != "sandwich":
             return tuple(stitch.id for stitch in drawn)
         anchors = self._anchors_of(drawn[0])
@@ -110,6 +122,15 @@ class StitchSampler:
             return generator.choice(self._drawn_anchors)
         return generator.choice(generator.choice(self._groups) if self._method == "flops_groups" else self._groups[0])
 
+    def _in_rounds(self, key: str, number: int) -> Stitch:
+        """The draw of this number, counted from 0 over all steps."""
+        of_anchors = self._anchor_probability or 0.0
+        before = floor(of_anchors * number)  # of these draws were anchors
+        if floor(of_anchors * (number + 1)) > before:
+            return _member(self._drawn_anchors, before, f"{key} anchors")
+        group = _member(range(len(self._groups)), number - before, f"{key} groups")
+        return _member(self._groups[group], (number - before) // len(self._groups), f"{key} {group}")
+
     def _anchors_of(self, stitch: Stitch) -> list[Stitch]:
         anchors = [self._anchors[number] for number in {segment.anchor for segment in stitch.route}]
         return sorted(anchors, key=lambda anchor: anchor.flops or 0)
@@ -122,3 +143,14 @@ class StitchSampler:
         missing = {segment.anchor for stitch in drawn for segment in stitch.route} - set(self._anchors)
         if missing:
             raise ValueError(f"a sandwich runs the anchors too, but anchor {min(missing)} is not among the stitches")
+
+
+def _member(members: Sequence[T], number: int, key: str) -> T:
+    """The draw of this number where all members come in each round, in an order of its own."""
+    which, place = divmod(number, len(members))
+    return members[_shuffled(len(members), f"{key} {which}")[place]]
+
+
+@lru_cache(maxsize=64)  # some rounds, because a step draws from each round many times
+def _shuffled(size: int, key: str) -> list[int]:
+    return random.Random(key).sample(range(size), size)

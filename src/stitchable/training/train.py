@@ -23,9 +23,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from PIL import Image
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 
-from stitchable import StitchableForImageClassification, evaluate, initialize_stitches
+from stitchable import StitchableForImageClassification, evaluate, find_cascades, initialize_stitches
 from stitchable.card import Card, what_it_prints
+from stitchable.cascades import beside_stitches
+from stitchable.fingerprints import NUM_STORED, remember
 from stitchable.publishing import check_new_folder, save_repository
 from stitchable.timing import measure_throughput
 from stitchable.training.books import (
@@ -96,6 +99,10 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), resume: bool = Fals
         if PartialState().is_main_process:
             output = settings.output
             print(f"the snippet of {output}/README.md prints\n{what_it_prints(model, output)}", end="")
+            if settings.evaluation.cascades:
+                print(beside_stitches(model.config))
+            if model.cascades:
+                print(beside_stitches(model))
     except KeyboardInterrupt:
         raise RunStopped("interrupted; --resume goes on from the last checkpoint") from None
 
@@ -146,9 +153,7 @@ class _Run:
         # From here on each process draws in its own way (drop path).
         set_seed(recipe.seed, device_specific=True)
         self.processor = make_processor(recipe.data, self.model.config)
-        self.test_loader = make_test_loader(
-            self.data.test, recipe.data, self.processor, recipe.evaluation.batch_size, accelerator
-        )
+        self.test_loader = self._test_loader()
         # The other processes may have working directories of their own.
         (folder,) = broadcast_object_list([recipe.run_folder.absolute()])
         checkpoints = Checkpoints(folder, recipe.checkpoints.keep)
@@ -170,6 +175,12 @@ class _Run:
         self.model = make_model(recipe, self.data.class_names).to(device)
         name = recipe.distillation.teacher if recipe.distillation else None
         self.teacher = load_teacher(name, self.model.config).to(device) if name else None
+
+    def _test_loader(self, *, shared: bool = True) -> DataLoader:
+        recipe = self.recipe
+        return make_test_loader(
+            self.data.test, recipe.data, self.processor, recipe.evaluation.batch_size, self.accelerator, shared=shared
+        )
 
     def _find_checkpoint(self, checkpoints: Checkpoints) -> None:
         (self.checkpoint,) = broadcast_object_list([checkpoints.latest()])
@@ -196,6 +207,7 @@ class _Run:
         self.say(f"    {_summary(trained, self.anchors)}")
         with all_or_none(patiently=True):  # throughput takes seconds for each stitch
             if self.accelerator.is_main_process:
+                self.find_cascades()
                 self.publish()
         return self.model
 
@@ -345,6 +357,23 @@ class _Run:
                     figures = _by_id(known["figures"])
         (figures,) = broadcast_object_list([figures])
         return figures
+
+    def find_cascades(self) -> None:
+        """Find cascades of the measured stitches on the test images, where the recipe says so."""
+        recipe = self.recipe
+        num_stored = min(NUM_STORED, self.num_images)
+        remember(
+            self.model.config, sample_images(self.data.train, recipe.data, self.processor, num_stored, recipe.seed)
+        )
+        if recipe.evaluation.cascades:
+            find_cascades(
+                self.model,
+                self._test_loader(shared=False),
+                recipe.evaluation.stitches,
+                dataset=recipe.data.name,
+                split=recipe.data.test_split,
+                seed=recipe.seed,
+            )
 
     def publish(self) -> None:
         """Leave the finished repository at the recipe's output, complete or not at all."""

@@ -40,6 +40,8 @@ from stitchable.serving.traces import Arrivals, make_trace
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10_resnets"
 DEIT = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
 LAYERS = (20, 32, 44, 56)
+MODELS = ("cifar10_resnets", "deit")
+RESULTS = Path(__file__).parent / "results" / "serving.json"
 TARGET = 3.0  # latencies of the largest anchor
 USERS = 200
 
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--soak", type=float, default=600, help="seconds")
     parser.add_argument("--num-measured", type=int, default=5000, help="test images that say what a stitch is worth")
     parser.add_argument("--num-sent", type=int, default=2000, help="other test images, which are sent")
+    parser.add_argument("--only", choices=MODELS, help="measure one of the two, and keep what is known of the other")
     given = parser.parse_args()
     torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLE))
@@ -63,7 +66,11 @@ def main() -> None:
     if not (given.folder / "deit").exists():
         prepare_deit(given.folder)
     figures: dict[str, Any] = {"decision_us": measure_decisions()}
-    figures |= {"cifar10_resnets": measure(given, "cifar10_resnets"), "deit": measure(given, "deit", soak=False)}
+    for name in MODELS:
+        if given.only in (None, name):
+            figures[name] = measure(given, name, soak=name == MODELS[0])
+        else:
+            figures[name] = json.loads(RESULTS.read_text(encoding="utf-8"))["figures"][name]
     print(f"wrote {write_report('serving', figures)}")
 
 

@@ -22,6 +22,7 @@ from stitchable.cascade_stages import (
 )
 from stitchable.cascades import (
     LogitFile,
+    beside_stitches,
     cascade_table,
     evaluate_with_cascades,
     find_and_judge,
@@ -536,3 +537,31 @@ def test_logits_that_are_no_numbers_are_named() -> None:
         model.anchors[1].head.bias.fill_(torch.nan)
     with pytest.raises(ValueError, match="the logits of stitch 1 are not finite for 20 of 20 images"):
         find_cascades(model, data(number=20))
+
+
+def test_two_mean_budgets_beside_the_stitches() -> None:
+    config = SimpleNamespace(
+        stitches=[
+            {"id": 0, "route": [[0, 0, 1]], "flops": 1e6},
+            {"id": 1, "route": [[1, 0, 1]], "flops": 8e6},
+            {"id": 2, "route": [[0, 0, 1], [1, 0, 1]], "flops": 9e6},
+        ],
+        cascades=[],
+    )
+    nothing = "no cascade is better than the best stitch"
+    assert beside_stitches(config).splitlines() == [  # type: ignore[arg-type]
+        f"2.00 MFLOPs per image on average: {nothing}",
+        f"4.00 MFLOPs per image on average: {nothing}",
+    ]
+    stages = [{"stitch": 0, "score": "max_probability", "threshold": 0.9}, {"stitch": 1}]
+    facts = {"stages": stages, "max_flops": 9e6, "interval": [0.01, 0.03]}
+    config.cascades = [
+        {"id": 0, "flops": 3e6, "metrics": {"accuracy": 0.9, "gain": 0.02}, **facts},
+        {"id": 1, "flops": 3.5e6, "metrics": {"accuracy": 0.89, "gain": 0.02}, **facts},
+        {"id": 2, "flops": 3.6e6, "metrics": {"accuracy": 0.99}, **facts},  # measured elsewhere, so nothing to compare
+    ]
+    assert beside_stitches(config).splitlines() == [  # type: ignore[arg-type]
+        f"2.00 MFLOPs per image on average: {nothing}",
+        "4.00 MFLOPs per image on average: cascade 0 (0, where p < 0.9 → 1) 90.00 %, the best stitch 88.00 % "
+        "(+2.00 points, +1.00 to +3.00)",
+    ]

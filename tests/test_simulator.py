@@ -179,15 +179,30 @@ def test_a_model_without_accuracies_cannot_be_served() -> None:
 
 
 def test_a_cascade_is_a_choice_with_a_mean_and_a_worst_latency() -> None:
-    stitches = [SimpleNamespace(id=0, flops=100), SimpleNamespace(id=1, flops=300)]
-    stages = [SimpleNamespace(stitch=0), SimpleNamespace(stitch=1)]
-    # A quarter of the images go on, to a stage of which 100 of 300 FLOPs are shared.
-    cascade = SimpleNamespace(id=7, stages=stages, flops=150, max_flops=300, metrics={"accuracy": 0.9})
-    choice = _cascade(cascade, stitches, {0: Line(1.0, 1.0), 1: Line(3.0, 3.0)})
+    # A quarter of the images reach the second stage: of eight nearly always one.
+    stages = [SimpleNamespace(stitch=0, reached=1.0), SimpleNamespace(stitch=1, reached=0.25)]
+    cascade = SimpleNamespace(id=7, stages=stages, flops=150, metrics={"accuracy": 0.9})
+    choice = _cascade(cascade, [Line(1.0, 1.0), Line(2.0, 3.0)])
     assert (choice.kind, choice.id, choice.accuracy, choice.flops) == ("cascade", 7, 0.9, 150)
-    assert choice.seconds(1) == pytest.approx(2 + 0.25 * (0.75 * 8 - 2))
-    assert choice.bound(1) == pytest.approx(0.75 * 8)
-    assert choice.bound(4) == pytest.approx((choice.seconds(4) + 2 * choice.seconds(4)) / 2)
+    assert choice.seconds(1) == pytest.approx(2 + 0.25 * 5)
+    assert choice.seconds(8) == pytest.approx(1 + 8 + 2 * (1 - 0.75**8) + 0.25 * 8 * 3)
+    assert choice.bound(1) == pytest.approx(2 + 5)
+    assert choice.bound(4) == pytest.approx(choice.seconds(4) * (1 + (7 / 3.25 - 1) / 2))
+
+
+def test_the_stages_of_a_cascade_are_timed_where_the_checkpoint_does_not_say() -> None:
+    model = measured_model()
+    flops = [model.stitches[i].flops for i in (0, 1)]
+    first = {"stitch": 0, "flops": flops[0], "score": "margin", "threshold": 0.5}
+    stages = [first, {"stitch": 1, "flops": flops[1], "reached": 0.5}]
+    entry = {"id": 0, "stages": stages, "flops": flops[0], "max_flops": sum(flops), "metrics": {"accuracy": 0.9}}
+    model.cascades = [entry]
+    lines, found = measure_latencies(model)
+    assert set(lines) == {stitch.id for stitch in model.stitches}
+    assert [len(found[0]), min(line.per_image for line in found[0]) > 0] == [2, True]
+    assert measure_latencies(model) == (lines, found)  # what was measured is in the config now
+    (cascade,) = [choice for choice in choices_of(model) if choice.kind == "cascade"]
+    assert cascade.seconds(1) < cascade.bound(1)
 
 
 @pytest.fixture(scope="module")

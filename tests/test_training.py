@@ -27,6 +27,7 @@ from timm.data import ImageNetInfo
 from transformers import pipeline
 
 from stitchable import StitchableForImageClassification, evaluate
+from stitchable.fingerprints import NUM_STORED
 from stitchable.imagenet import in_words
 from stitchable.processing import image_processor
 from stitchable.publishing import push_folder
@@ -49,7 +50,7 @@ QUICK = ["pretraining.epochs=1", "training.epochs=1", "training.warmup_epochs=0"
 QUICK += ["initialization.num_samples=20"]
 # Seconds, with everything that a resumed run must restore: several phases, drop path, mixed labels.
 TINY = ["pretraining=null", "training.epochs=2", "training.warmup_epochs=0", "data.test_fraction=0.8"]
-TINY += ["evaluation.throughput=false", "evaluation.stitches=[0,1,2,5]", "trackers=[]"]
+TINY += ["evaluation.throughput=false", "evaluation.stitches=[0,1,2,5]", "evaluation.cascades=false", "trackers=[]"]
 EVERYTHING = [*TINY, "training.augmentation.mixup=0.8", "checkpoints.every=3"]
 EVERYTHING += ["anchors.1.kwargs.drop_path_rate=0.3", "training.augmentation.repeats=2"]
 EVERYTHING += ["pretraining={epochs: 1, batch_size: 64, learning_rate: 1e-3}"]
@@ -99,7 +100,7 @@ def strict(path: Path) -> object:
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def test_a_diverged_anchor_leaves_strict_json(tmp_path: Path) -> None:
+def test_a_diverged_anchor_leaves_strict_json(tmp_path: Path, caplog) -> None:
     recipe = load_recipe(DIGITS, [])
     overrides = ["pretrained=true"]
     for number, anchor in enumerate(recipe.anchors):
@@ -109,8 +110,9 @@ def test_a_diverged_anchor_leaves_strict_json(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.safetensors"
         save_file(model.state_dict(), path)
         overrides.append(f"anchors.{number}.weights={path}")
-    settings = [*TINY, *overrides, "training.epochs=0", "initialization.method=kaiming", f"output={tmp_path / 'run'}"]
-    run(load_recipe(DIGITS, settings))
+    overrides += ["evaluation.cascades=true", "training.epochs=0", "initialization.method=kaiming"]
+    run(load_recipe(DIGITS, [*TINY, *overrides, f"output={tmp_path / 'run'}"]))
+    assert "no cascades were searched: the logits of stitch 1 are not finite" in caplog.text
     results = strict(tmp_path / "run-run" / "results.json")
     assert {i: "loss" in figures for i, figures in results["trained"].items()} == {
         "0": True,
@@ -160,7 +162,13 @@ def test_the_main_job_from_anchors_to_predictions(tmp_path, capsys) -> None:
     names = {"accuracy", "top5_accuracy", "loss", "images_per_second"}
     assert all(set(stitch["metrics"]) == names for stitch in table)
     assert "parameters are loaded for this stitch alone" in result.stdout
-    assert result.stdout.split("README.md prints\n")[1] in (output / "README.md").read_text(encoding="utf-8")
+    printed = "".join(result.stdout.split("README.md prints\n")[1].splitlines(keepends=True)[:-2])
+    assert printed in (output / "README.md").read_text(encoding="utf-8")
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    assert len(config["trained_on"]) == NUM_STORED
+    assert {(entry["dataset"], entry["images"]) for entry in config["cascades"]} == {("digits", 599)}
+    lines = result.stdout.strip().splitlines()[-2:]
+    assert all("MFLOPs per image on average: " in line for line in lines)
     assert "stitches: 100%" in result.stderr.replace("\r", "\n")
     assert re.search(r"stitches, epoch 1/1: loss [\d.]+, learning_rate [\d.e-]+, images_per_second \d+", result.stdout)
     assert list(Path(f"{output}-run").rglob("events.out.tfevents*"))
@@ -285,7 +293,7 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("sandwich", ["sampling.method=sandwich", "distillation={kind: in_place}"]),
+        ("sandwich", ["sampling={method: sandwich}", "distillation={kind: in_place}"]),
         ("groups", ["sampling={method: flops_groups, flops_gap: 5e4}", "evaluation.every=1"]),
         pytest.param(
             "agc", ["training.clip=agc", "training.clip_at=0.01", "training.optimizer=sgd"], marks=pytest.mark.slow

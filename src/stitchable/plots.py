@@ -43,6 +43,34 @@ def plot_stitches(
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     dots = {stitch.id: ((stitch.flops or 0) / divisor, 100 * stitch.metrics[metric]) for stitch in measured}
+    _draw_stitches(axes, measured, anchor_names, dots)
+    front = pareto_front(measured, metric)
+    axes.step(
+        *zip(*(dots[stitch.id] for stitch in front), strict=True),
+        where="post",
+        color="grey",
+        linewidth=1,
+        zorder=1,
+        label="Pareto front",
+    )
+    if untouched:
+        _draw_null_line(axes, untouched, divisor)
+    places: dict[Any, Any] = {**dots, **_draw_cascades(axes, cascades, metric, divisor)}
+    for text, marking in (marked or {}).items():
+        if marking in places:
+            x, y = places[marking]
+            axes.scatter(x, y, s=320, facecolors="none", edgecolors="black", linewidths=1.8, zorder=4)
+            axes.annotate(text, (x, y), xytext=(-15, 9), textcoords="offset points", weight="bold", size="large")
+    axes.set_xlabel(f"{unit} per image (multiply-adds plus normalisation terms)")
+    axes.set_ylabel(f"{metric} (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _draw_stitches(
+    axes: Any, measured: Sequence[Stitch], anchor_names: Sequence[str], dots: Mapping[int, tuple[float, float]]
+) -> None:
     groups: dict[str, list[Stitch]] = {}
     for stitch in measured:
         groups.setdefault("-".join(anchor_names[segment.anchor] for segment in stitch.route), []).append(stitch)
@@ -59,17 +87,12 @@ def plot_stitches(
             zorder=3 if is_anchor else 2,
             label=f"{name} (anchor)" if is_anchor else name,
         )
-    front = pareto_front(measured, metric)
-    axes.step(
-        *zip(*(dots[stitch.id] for stitch in front), strict=True),
-        where="post",
-        color="grey",
-        linewidth=1,
-        zorder=1,
-        label="Pareto front",
-    )
-    if untouched:
-        _draw_null_line(axes, untouched, divisor)
+
+
+def _draw_cascades(
+    axes: Any, cascades: Sequence[Mapping[str, Any]], metric: str, divisor: float
+) -> dict[str, tuple[float, float]]:
+    """Draw those that were measured; returns where each is."""
     drawn = {
         f"cascade {cascade['id']}": (
             cascade["metrics"].get("mean_flops", cascade["flops"]) / divisor,
@@ -79,20 +102,9 @@ def plot_stitches(
         if metric in cascade.get("metrics", {})
     }
     if drawn:
-        axes.plot(
-            *zip(*drawn.values(), strict=True), marker=".", color="black", linewidth=1, label="cascades, mean FLOPs"
-        )
-    places: dict[Any, Any] = {**dots, **drawn}
-    for text, marking in (marked or {}).items():
-        if marking in places:
-            x, y = places[marking]
-            axes.scatter(x, y, s=320, facecolors="none", edgecolors="black", linewidths=1.8, zorder=4)
-            axes.annotate(text, (x, y), xytext=(-15, 9), textcoords="offset points", weight="bold", size="large")
-    axes.set_xlabel(f"{unit} per image (multiply-adds plus normalisation terms)")
-    axes.set_ylabel(f"{metric} (%)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    return figure
+        points = zip(*drawn.values(), strict=True)
+        axes.plot(*points, marker=".", color="black", linewidth=1, label="cascades, mean FLOPs")
+    return drawn
 
 
 def _draw_null_line(axes: Any, untouched: Mapping[int, tuple[float, float]], divisor: float) -> None:

@@ -21,6 +21,7 @@ from stitchable.serving.policy import Choice, Plan, Policy, Request
 from stitchable.serving.statistics import Statistics
 
 _DECODERS = 2  # threads
+_WARM_UP = 10.0  # seconds, of which a large model on a CPU could spend minutes
 _WAY = 0.002  # seconds that a request and its answer spend in HTTP at the least, which are the deadline's too
 _SWITCH = 0.0005  # seconds after which a thread gives way to another: with Python's 5 ms, HTTP waits for the model
 _now = time.perf_counter  # a loop's own time may be of whole milliseconds (uvloop)
@@ -251,14 +252,18 @@ class Engine:
         return list(zip(logits.float().softmax(-1).tolist(), stitch_ids, flops, strict=True))
 
     def _warm_up(self) -> None:
-        """Run what is likely to run, twice: the first call makes kernels and buffers, the second one is observed."""
+        """Run what is likely to run, small batches first, for some seconds at most.
+
+        Each twice: the first call makes kernels and buffers, the second one is observed.
+        """
         height, width = self.model.config.image_size
         sample = io.BytesIO()
         Image.new("RGB", (2 * width, 2 * height)).save(sample, "JPEG")
         pixel_values, *_ = self._decoders.map(self.read, [sample.getvalue()] * 2 * _DECODERS)
+        end = _now() + _WARM_UP
         for size in self.policy.batch_sizes:
             for choice in front_of(self.policy.choices, size):
-                if choice.seconds(size) > self.policy.target:
+                if choice.seconds(size) > self.policy.target or _now() + 2 * choice.seconds(size) > end:
                     continue
                 for _ in range(2):
                     began = _now()

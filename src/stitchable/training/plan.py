@@ -71,6 +71,7 @@ def make_sampler(recipe: Recipe, stitches: Sequence[Stitch], num_processes: int)
     stitch_ids = recipe.sampling.stitches or [stitch.id for stitch in stitches]
     if recipe.training.trainable != "all":
         # An anchor has nothing to learn then.
+        settings["anchor_probability"] = None
         stitch_ids = [i for i in stitch_ids if not find_stitch(stitches, i).is_anchor]
     return StitchSampler(stitches, stitch_ids, **settings, num_processes=num_processes, seed=recipe.seed)
 

@@ -208,6 +208,7 @@ class Sampling(_Section):
         stitches_per_step: how many are drawn; stitch j of k takes the images at the positions i of the batch of each
             process with i mod k = j.
         anchor_probability: that an anchor is drawn, not one of the others; null draws anchors like all stitches.
+            Where `trainable` leaves the anchors as they are, none is drawn.
         across_processes: the "same" stitches everywhere, or "independent" ones, as the authors' code draws them.
         stitches: ids to draw from; all of them if null. One id trains that network alone.
     """

@@ -99,7 +99,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), resume: bool = Fals
         if PartialState().is_main_process:
             output = settings.output
             print(f"the snippet of {output}/README.md prints\n{what_it_prints(model, output)}", end="")
-            if settings.evaluation.cascades:
+            if model.cascades:
                 print(beside_stitches(model.config))
             if model.cascades:
                 print(beside_stitches(model))
@@ -361,19 +361,18 @@ class _Run:
     def find_cascades(self) -> None:
         """Find cascades of the measured stitches on the test images, where the recipe says so."""
         recipe = self.recipe
-        num_stored = min(NUM_STORED, self.num_images)
-        remember(
-            self.model.config, sample_images(self.data.train, recipe.data, self.processor, num_stored, recipe.seed)
+        seen = sample_images(
+            self.data.train, recipe.data, self.processor, min(NUM_STORED, self.num_images), recipe.seed
         )
-        if recipe.evaluation.cascades:
-            find_cascades(
-                self.model,
-                self._test_loader(shared=False),
-                recipe.evaluation.stitches,
-                dataset=recipe.data.name,
-                split=recipe.data.test_split,
-                seed=recipe.seed,
-            )
+        remember(self.model.config, seen)
+        if not recipe.evaluation.cascades:
+            return
+        measured = [stitch.id for stitch in self.model.stitches if "accuracy" in stitch.metrics]
+        facts = {"dataset": recipe.data.name, "split": recipe.data.test_split, "seed": recipe.seed}
+        try:
+            find_cascades(self.model, self._test_loader(shared=False), measured, **facts)
+        except ValueError as error:  # a stitch diverged, or only one was measured; the others are worth keeping
+            logger.warning("no cascades were searched: %s", error)
 
     def publish(self) -> None:
         """Leave the finished repository at the recipe's output, complete or not at all."""

@@ -289,7 +289,7 @@ def _make(folder: Path, hub: Any) -> None:
     settings = {"image_mean": data["image_mean"], "image_std": data["image_std"]}
     config = stitchable.make_config(recipe["anchors"], id2label={i: str(i) for i in range(10)}, **settings)
     table = json.loads((ROOT / "model_cards" / recipe["name"] / "stitches.json").read_text(encoding="utf-8"))
-    config.stitches = table["stitches"]
+    config.stitches, config.cascades = table["stitches"], table["cascades"]
     model = StitchableForImageClassification(config)
     save_repository(
         model, folder / "runs" / "digits", image_processor(config, crop_pct=data["crop_pct"]), Card("digits")

@@ -432,7 +432,7 @@ def test_overrides_are_yaml_and_reach_into_lists() -> None:
     assert recipe.anchors[1].kwargs == {"depth": 2}  # replaced as a whole
     assert recipe.data.class_names == ["a", "b"]
     assert recipe.name == "a=b"
-    assert load_recipe(DIGITS).training.learning_rate == 2e-3
+    assert load_recipe(DIGITS).training.learning_rate == 4e-3
 
 
 def test_files_of_a_data_set_are_given_on_the_command_line() -> None:

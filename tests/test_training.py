@@ -561,16 +561,11 @@ def test_two_processes_publish_what_they_saved(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_the_digits_curve_is_real(tmp_path) -> None:
-    """Most Ti-S stitches lie between their anchors, and the joint training does not ruin the anchors."""
+    """No stitch is below the cheapest anchor, and the joint training does not ruin the anchors."""
     result = train(f"output={tmp_path / 'run'}", launcher=ONE)
     assert result.returncode == 0, result.stderr
     table = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["stitches"]
     accuracy = {stitch["id"]: stitch["metrics"]["accuracy"] for stitch in table}
-    between = [accuracy[0] <= accuracy[stitch["id"]] <= accuracy[1] for stitch in table if _anchors(stitch) == [0, 1]]
-    assert sum(between) > len(between) / 2
+    assert min(accuracy.values()) == accuracy[0]
     before = json.loads((tmp_path / "run-run" / "results.json").read_text(encoding="utf-8"))["before"]
-    assert all(accuracy[anchor] > before[str(anchor)]["accuracy"] - 0.06 for anchor in range(3))
-
-
-def _anchors(stitch: dict) -> list[int]:
-    return [segment[0] for segment in stitch["route"]]
+    assert all(accuracy[anchor] > before[str(anchor)]["accuracy"] - 0.02 for anchor in range(3))

@@ -260,7 +260,7 @@ def cascade_table(cascades: Sequence[Mapping[str, Any]]) -> str:
 
 
 def beside_stitches(config: StitchableConfig, num_budgets: int = 2) -> str:
-    """What cascades as `find_cascades` left them give within mean budgets, beside the best stitch: a line for each.
+    """What cascades as `find_cascades` left them give within mean budgets, beside the best stitch of the same cost.
 
     The budgets are evenly spaced in log FLOPs between the cheapest and the dearest anchor.
     """
@@ -277,8 +277,9 @@ def beside_stitches(config: StitchableConfig, num_budgets: int = 2) -> str:
             accuracy, gain = best["metrics"]["accuracy"], best["metrics"]["gain"]
             low, high = (100 * bound for bound in best["interval"])
             said += (
-                f"cascade {best['id']} ({stages_in_words(best['stages'])}) {100 * accuracy:.2f} %, the best stitch "
-                f"{100 * (accuracy - gain):.2f} % ({100 * gain:+.2f} points, {low:+.2f} to {high:+.2f})"
+                f"cascade {best['id']} ({stages_in_words(best['stages'])}) takes {best['flops'] / divisor:.2f} and has "
+                f"{100 * accuracy:.2f} %, the best stitch of that cost {100 * (accuracy - gain):.2f} % "
+                f"({100 * gain:+.2f} points, {low:+.2f} to {high:+.2f})"
             )
         else:
             said += "no cascade is better than the best stitch"

@@ -101,8 +101,6 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), resume: bool = Fals
             print(f"the snippet of {output}/README.md prints\n{what_it_prints(model, output)}", end="")
             if model.cascades:
                 print(beside_stitches(model.config))
-            if model.cascades:
-                print(beside_stitches(model))
     except KeyboardInterrupt:
         raise RunStopped("interrupted; --resume goes on from the last checkpoint") from None
 

@@ -37,7 +37,7 @@ def save_pretrained(
 
 def _save_image_processor(model: StitchablePreTrainedModel, folder: Path) -> None:
     """That of the checkpoint the model was loaded from, but for names of code; else timm's for the largest anchor."""
-    where, settings = {**model.hub_arguments, "_raise_exceptions_for_missing_entries": False}, {}
+    where, settings = {**model.hub_arguments, "_raise_exceptions_for_missing_entries": False}, dict[str, Any]()
     try:
         path = cached_file(model.name_or_path, IMAGE_PROCESSOR_NAME, **where) if model.name_or_path else None
         settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}

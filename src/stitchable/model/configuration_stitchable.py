@@ -16,12 +16,8 @@ from .schema import read, write
 STITCHABLE_VERSION = "0.1.0"
 
 # Fields of transformers of which it does not say what is wrong with them.
-_OTHERS = {
-    "id2label": Mapping[str, str],
-    "label2id": Mapping[str, int],
-    "architectures": tuple[str, ...],
-    "model_type": str,
-}
+_OTHERS: dict[str, Any] = {"id2label": Mapping[str, str], "label2id": Mapping[str, int]}
+_OTHERS |= {"architectures": tuple[str, ...], "model_type": str}
 _AUTO_MAP = {
     "AutoConfig": "configuration_stitchable.StitchableConfig",
     "AutoModel": "modeling_stitchable.StitchableModel",

@@ -87,7 +87,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _supports_sdpa = True  # timm's attention calls scaled_dot_product_attention itself
     record: Callable[..., Stitch]  # what importing the package adds, as it does more that code of others calls
-    replace: Callable[[Stitch], None]
+    replace: Callable[..., None]
     give_own: Callable[..., None]
 
     def __init__(self, config: StitchableConfig) -> None:
@@ -392,7 +392,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         # Torch counts the versions of all blocks of a class together and gives up beyond 8, but every rate of drop path
         # makes a version of its own: so 8 for each block.
         options = {"recompile_limit": 8 * len(blocks), **options}
-        seen = [(self.chains[run[0]], own.seen(*run)) for own in self.own.values() for run in own.views]
+        parts: Any = self.own.values()
+        seen = [(self.chains[run[0]], own.seen(*run)) for own in parts for run in own.views]
         blocks += [block for chain, anchor in seen for block in chain.modules_of(anchor).values()]
         for block in dict.fromkeys(blocks):
             block.compile(**options)
@@ -575,7 +576,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             source = str(self.name_or_path)
             if source and not Path(source).is_dir():
-                where = {name: self.hub_arguments.get(name) for name in ("revision", "cache_dir")}
+                where: Any = {name: self.hub_arguments.get(name) for name in ("revision", "cache_dir")}
                 source = snapshot_download(source, token=token, ignore_patterns=WEIGHTS, **where)
             if source:  # what the checkpoint has beside its weights
                 ignored = shutil.ignore_patterns(*WEIGHTS, "__pycache__", ".cache")

@@ -131,20 +131,15 @@ class Chain:
 
     def run_block(self, model: TimmModel, index: int, flow: Flow) -> Flow:
         """What flows at cut `index` to what flows at cut `index + 1`."""
-        features, pixel_values, context = flow
-        call = self.functions.get(self.call or "")
+        features, context, call = flow.features, [*flow.context], self.functions.get(self.call or "")
         for name in self.blocks[index]:
             if call is None:
                 result = self._run(model, name, features, context)
             else:
                 part = self.functions.get(name) or attrgetter(name)(model)
                 result = call(model, part, index, features, *context)
-            if isinstance(result, tuple):
-                features, *rest = result
-                context = tuple(rest)
-            else:
-                features = result
-        return Flow(features, pixel_values, context)
+            features, *context = result if isinstance(result, tuple) else (result, *context)
+        return Flow(features, flow.pixel_values, tuple(context))
 
     def run_neck(self, model: TimmModel, flow: Flow) -> Flow:
         """What flows at cut L to what timm's `forward_features` returns."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import stitchable
 from stitchable import StitchableForImageClassification
-from stitchable.initialization import Accumulator, CutRows, Joint, anchor_features, joints_of_layers
+from stitchable.initialization import Accumulator, CutRows, RowPair, anchor_features, rows_of_layers
 
 ANCHORS = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
 REPEATS = 3  # rounds in turn; the median of each is reported
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = stitchable.from_anchors(ANCHORS, pretrained=False).eval()
-    joints = joints_of_layers(model)
+    joints = rows_of_layers(model)
     batches = list(photographs(arguments.images, model).split(BATCH))
     with torch.no_grad():
         features = [anchor_features(model, batch, joints) for batch in tqdm(batches, desc="anchors")]
@@ -79,7 +79,7 @@ def photographs(number: int, model: StitchableForImageClassification) -> torch.T
     return (torch.stack(crops) - mean) / std
 
 
-def least_squares(joints: dict[str, list[Joint]], features: list[dict[CutRows, torch.Tensor]]) -> dict[str, tuple]:
+def least_squares(joints: dict[str, list[RowPair]], features: list[dict[CutRows, torch.Tensor]]) -> dict[str, tuple]:
     """What `initialize_stitches` does after the anchors ran: weight (D2, D1) and bias (D2,) per layer."""
     accumulator = Accumulator(joints)
     for batch in features:
@@ -87,7 +87,7 @@ def least_squares(joints: dict[str, list[Joint]], features: list[dict[CutRows, t
     return {name: accumulator.statistics(name).solve()[:2] for name in joints}
 
 
-def pseudo_inverses(joints: dict[str, list[Joint]], features: dict[CutRows, torch.Tensor]) -> dict[str, tuple]:
+def pseudo_inverses(joints: dict[str, list[RowPair]], features: dict[CutRows, torch.Tensor]) -> dict[str, tuple]:
     """One pseudo-inverse per position, averaged per layer."""
     solutions = {}
     for name, shared in joints.items():
@@ -102,7 +102,7 @@ def pseudo_inverses(joints: dict[str, list[Joint]], features: dict[CutRows, torc
 
 
 def residual(
-    weight: torch.Tensor, bias: torch.Tensor, shared: list[Joint], features: dict[CutRows, torch.Tensor]
+    weight: torch.Tensor, bias: torch.Tensor, shared: list[RowPair], features: dict[CutRows, torch.Tensor]
 ) -> float:
     """||A W^T + 1 b^T - B||_F over all positions of a layer, in float64."""
     weight, bias = weight.double(), bias.double()

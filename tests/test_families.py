@@ -13,7 +13,7 @@ from torch import nn
 from families import FAMILIES, NUM_LABELS, images, make
 from stitchable import Stitch, StitchableForImageClassification, StitchableModel, initialize_stitches
 from stitchable.costs import count_flops
-from stitchable.initialization import anchor_features, joints_of_layers
+from stitchable.initialization import anchor_features, rows_of_layers
 
 ALL = pytest.mark.parametrize("name", FAMILIES)
 
@@ -183,7 +183,7 @@ def test_the_base_model_gives_timms_features(name: str) -> None:
 @torch.no_grad()
 def squared_errors(model: StitchableForImageClassification, x: torch.Tensor) -> dict[str, float]:
     """||A W^T + 1 b^T - B||^2 of each stitching layer as it is, over all its joints."""
-    joints = joints_of_layers(model)
+    joints = rows_of_layers(model)
     features = anchor_features(model, x, joints)
     errors = dict.fromkeys(joints, 0.0)
     for name, shared in joints.items():

@@ -5,12 +5,12 @@ import torch
 
 from families import images, make
 from stitchable import initialization, initialize_stitches
-from stitchable.initialization import Accumulator, Joint, anchor_features, joints_of_layers
+from stitchable.initialization import Accumulator, RowPair, anchor_features, rows_of_layers
 
 
 def rows(model, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of a layer in float64, written out: all its joints one below the other."""
-    joints = joints_of_layers(model)
+    joints = rows_of_layers(model)
     features = anchor_features(model, x, joints)
     a = torch.cat([features[joint.source] for joint in joints[name]]).double()
     b = torch.cat([features[joint.target] for joint in joints[name]]).double()
@@ -77,7 +77,7 @@ def test_dead_and_collinear_channels_do_no_harm(spoil: str) -> None:
         a[:, 2] = 3 * a[:, 0] - a[:, 1]
     else:
         b[:] = 2.0
-    accumulator = Accumulator({"0-1.0": [Joint((0, 1), (1, 1))]})
+    accumulator = Accumulator({"0-1.0": [RowPair((0, 1), (1, 1))]})
     for start in range(0, 200, 64):
         accumulator.add({(0, 1): a[start : start + 64], (1, 1): b[start : start + 64]})
     weight, bias, residual = accumulator.statistics("0-1.0").solve()
@@ -97,7 +97,7 @@ def test_dead_and_collinear_channels_do_no_harm(spoil: str) -> None:
 
 def test_an_exact_map_is_found() -> None:
     a, true = torch.randn(300, 5), torch.randn(4, 5)
-    accumulator = Accumulator({"0-1.0": [Joint((0, 1), (1, 1))]})
+    accumulator = Accumulator({"0-1.0": [RowPair((0, 1), (1, 1))]})
     accumulator.add({(0, 1): a, (1, 1): a @ true.T - 1.5})
     weight, bias, residual = accumulator.statistics("0-1.0").solve()
     torch.testing.assert_close(weight, true.double(), rtol=1e-4, atol=1e-5)
@@ -118,7 +118,7 @@ def test_it_stays_exact_where_sums_of_products_lose_digits(case: str) -> None:
     else:
         a = a + 1000
     b = ((a - a.mean(0)) / a.std(0)) @ torch.randn(24, 7) + 0.05 * torch.randn(6000, 7) + 1000
-    accumulator = Accumulator({"0-1.0": [Joint((0, 1), (1, 1))]})
+    accumulator = Accumulator({"0-1.0": [RowPair((0, 1), (1, 1))]})
     for x, y in zip(a.split(500), b.split(500), strict=True):
         accumulator.add({(0, 1): x, (1, 1): y})
     weight, bias, residual = accumulator.statistics("0-1.0").solve()
@@ -132,7 +132,7 @@ def test_it_stays_exact_where_sums_of_products_lose_digits(case: str) -> None:
 
 def test_positions_with_different_means_share_one_layer() -> None:
     """Each cut is summed about a point of its own; the layer must not notice."""
-    joints = [Joint((0, 1), (1, 1)), Joint((0, 2), (1, 1)), Joint((0, 2), (1, 2))]
+    joints = [RowPair((0, 1), (1, 1)), RowPair((0, 2), (1, 1)), RowPair((0, 2), (1, 2))]
     features = {(0, 1): torch.randn(400, 5) + 30, (0, 2): torch.randn(400, 5) - 20}
     features |= {(1, 1): torch.randn(400, 3) + 7, (1, 2): torch.randn(400, 3) * 4 - 9}
     accumulator = Accumulator({"0-1.0": joints})

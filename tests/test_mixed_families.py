@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 import stitchable
 from families import images, make
 from stitchable import Layout, StitchableConfig, StitchableForImageClassification
+from stitchable.initialization import rows_of
 from stitchable.model.routes import AnchorShape, Cut, carried_tokens
-from stitchable.model.stitching import Side, rows_of
+from stitchable.model.stitching import Side
 from stitchable.space import enumerate_stitches
 
 DIRECTIONS = ("fast_to_slow", "slow_to_fast")

@@ -111,7 +111,7 @@ def normalised(model: torch.nn.Module) -> torch.nn.Module:
 def test_what_cannot_be_taken_over_is_refused(change, tmp_path: Path) -> None:
     model = change(copy.deepcopy(make("vit")))
     assert model(images("vit"), stitch_id=4).logits.isfinite().all()
-    with pytest.raises(ValueError, match=r"cannot be taken over exactly: the config has a \w+ there, the model a"):
+    with pytest.raises(ValueError, match=r"cannot be taken over exactly: the config has .* there, the model"):
         model.extract(4)
     with pytest.raises(ValueError, match="could not be loaded again"):
         model.save_pretrained(tmp_path)
@@ -131,7 +131,7 @@ def test_classifiers_and_blocks_of_other_shapes_are_not_taken_over() -> None:
     model.anchors[0].reset_classifier(9)
     with pytest.raises(
         ValueError,
-        match=r"anchors\.0\.head cannot .* \{'weight': \(5, 8\), .* \{'weight': \(9, 8\), .* model\.reset_classifier",
+        match=r"anchors\.0\.head cannot .* 'weight': \(5, 8\), .* 'weight': \(9, 8\), .* model\.reset_classifier",
     ):
         model.extract(0)
     model = make("vit")
@@ -139,7 +139,7 @@ def test_classifiers_and_blocks_of_other_shapes_are_not_taken_over() -> None:
     with pytest.raises(ValueError, match=r"blocks\.2\.mlp\.fc1 .* \(48, 12\), .* \(7, 12\), "):
         model.extract(1)
     model.anchors[1].blocks[2].mlp.fc1 = torch.nn.Sequential()
-    with pytest.raises(ValueError, match="a Linear there, the model a Sequential, with"):
+    with pytest.raises(ValueError, match=r"'Linear', .* there, the model \{'class': 'Sequential'\}"):
         model.extract(1)
 
 

@@ -82,7 +82,7 @@ def test_what_was_left_out_is_refused_by_name(model, tmp_path) -> None:
         ({"stitch_id": 9}, "stitch_id 9 is out of range"),
         ({"stitch_id": "4"}, "stitch_id must be an integer, got '4'"),
         ({"max_flops": 10}, "no stitch is within flops <= 10; the cheapest is, by flops stitch 0"),
-        ({"max_flops": "much"}, "the budget flops must be a number"),
+        ({"max_flops": "much"}, "the budget flops must be a positive number, got 'much'"),
         ({"max_flops": model.stitches[0].flops, "stitch_id": 1}, "stitch_id 1 is beyond max_flops"),
     ]:
         for load in (AutoConfig.from_pretrained, StitchableForImageClassification.from_pretrained):

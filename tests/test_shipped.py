@@ -12,7 +12,7 @@ from families import SHIPPED
 FOLDER = Path(stitchable.model.__file__).parent
 FILES = sorted(path for path in FOLDER.glob("*.py") if path.name != "__init__.py")
 ALLOWED = {"torch", "timm", "transformers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
-MOST_LINES, MOST_BYTES = 2_900, 146_000
+MOST_LINES, MOST_BYTES = 2_541, 133_846
 """Not to grow; the aim is 2,000 lines and 80 kB."""
 
 

@@ -67,7 +67,7 @@ def crop_anchor(folder: str | Path, recipe: Recipe, anchor: int) -> list[Crop]:
 def plan_crops(model: StitchableForImageClassification, anchor: int) -> dict[str, list[int]]:
     """Which blocks are kept: all, all but the first or the last half, every other one."""
     chain = model.chains.get(anchor)
-    held = model.parts_of_anchor(anchor) if chain else set()
+    held = model.parts[anchor] if chain else set()
     if (
         chain is None
         or len(model.config.anchors[anchor]["stages"]) > 1

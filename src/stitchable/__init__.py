@@ -8,8 +8,8 @@ from stitchable.cascades import find_cascades
 from stitchable.costs import update_costs
 from stitchable.evaluation import evaluate, measure_agreement
 from stitchable.families.adapter import Adapter, Layout
-from stitchable.families.registry import register_anchor, register_family
-from stitchable.figures import record
+from stitchable.families.registry import load_own_classes, register_anchor, register_family
+from stitchable.figures import record, replace
 from stitchable.front import pareto_front
 from stitchable.initialization import initialize_stitches
 from stitchable.latency import calibrate
@@ -21,7 +21,7 @@ from stitchable.model.modeling_stitchable import (
     StitchablePreTrainedModel,
 )
 from stitchable.model.routes import Segment, Stitch
-from stitchable.own import recalibrate_batch_norms
+from stitchable.own import give_own, recalibrate_batch_norms
 from stitchable.processing import save_pretrained
 from stitchable.publishing import push_model
 from stitchable.selection import prune, select
@@ -36,6 +36,9 @@ StitchableModel.register_for_auto_class("AutoModel")
 StitchableForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 # What a model can do that needs the package, which does not travel.
 StitchablePreTrainedModel.record = record
+StitchablePreTrainedModel.replace = replace
+StitchablePreTrainedModel.give_own = give_own
+StitchablePreTrainedModel._load_own_classes = classmethod(load_own_classes)  # type: ignore[assignment,method-assign]
 StitchablePreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 StitchablePreTrainedModel.push_to_hub = push_model  # type: ignore[assignment,method-assign]
 StitchablePreTrainedModel.table = tables.table  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from stitchable.costs import AnchorProfile, cost_of_stitch, profile_architecture
 from stitchable.imagenet import imagenet_words
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
+from stitchable.model.schema import write
 from stitchable.space import Direction, Pairs, Resize, default_pairs, default_stages, enumerate_stitches
 
 
@@ -140,8 +141,9 @@ def _entry(anchor: Anchor, profile: AnchorProfile, pretrained: bool) -> dict[str
         "kwargs": anchor.kwargs,
         **({"class": profile.own_class} if profile.own_class else {}),
         "pretrained": anchor.source if pretrained else None,
-        **profile.shape.to_dict(),
-        "chain": profile.chain.to_dict(),
+        "depth": profile.shape.depth,
+        **write(profile.shape),
+        "chain": write(profile.chain),
     }
 
 

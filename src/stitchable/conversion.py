@@ -23,7 +23,7 @@ from stitchable.costs import update_costs
 from stitchable.families.registry import create_model
 from stitchable.model.chain import Anchor
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
-from stitchable.model.routes import Stitch, layer_name
+from stitchable.model.routes import Stitch
 
 Weights = dict[str, torch.Tensor]
 
@@ -134,7 +134,7 @@ def _with_their_stitches(
         front, back = entry["route"][0][0], entry["route"][1][0]
         prefix, index = layers[entry["id"]]
         known = len({key for key in numbers if key[0] == front})
-        entry["layers"] = [numbers.setdefault((front, prefix, index), layer_name(front, back, known))]
+        entry["layers"] = [numbers.setdefault((front, prefix, index), f"{front}-{back}.{known}")]
         if release.skips_neck:
             entry["skips_neck"] = True
     model = StitchableForImageClassification(config)

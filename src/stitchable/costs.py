@@ -189,12 +189,11 @@ def cost_of_stitch(stitch: Stitch, profiles: Sequence[AnchorProfile]) -> Cost:
 
 def _parts_of_joint(joint: Joint, profiles: Sequence[AnchorProfile]) -> dict[Any, Cost]:
     """What a stitching layer brings with it: itself, and what the blocks behind it need."""
-    back = joint.back.anchor
-    source, target = profiles[joint.front.anchor].shape, profiles[back].shape
-    parts: dict[Any, Cost] = {joint.layer: cost_of_layer(source, joint.front.stop, target, joint.back.start)}
-    parts["context", back] = profiles[back].context
+    source, target = profiles[joint.front].shape, profiles[joint.back].shape
+    parts: dict[Any, Cost] = {joint.layer: cost_of_layer(source, joint.stop, target, joint.start)}
+    parts["context", joint.back] = profiles[joint.back].context
     if None in carried_tokens(source, target):
-        parts["prefix", back] = profiles[back].prefix
+        parts["prefix", joint.back] = profiles[joint.back].prefix
     return parts
 
 

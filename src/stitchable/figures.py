@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
-from stitchable.model.routes import Stitch
+from stitchable.model.modeling_stitchable import StitchablePreTrainedModel, plan_of
+from stitchable.model.routes import Stitch, Stitches
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +31,16 @@ def record(model: StitchablePreTrainedModel, stitch_id: int, **figures: Any) -> 
         logger.warning(f"stitch {stitch.id}: {', '.join(lost)} is not finite and is not recorded")
     model.replace(recorded)
     return recorded
+
+
+def replace(model: StitchablePreTrainedModel, stitch: Stitch) -> None:
+    """Put a stitch, with other figures or parts of its own, in the place of the one with its id."""
+    index = [known.id for known in model.stitches].index(stitch.id)
+    if stitch.own != model.stitches[index].own:
+        model._build_own(stitch)
+    model._plans[stitch.id] = plan_of(stitch)
+    model._stitches = Stitches((*model.stitches[:index], stitch, *model.stitches[index + 1 :]))
+    model.config.stitches[index] = stitch.to_dict()
 
 
 def _plain(figure: Any) -> Any:

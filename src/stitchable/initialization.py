@@ -22,7 +22,7 @@ from stitchable.evaluation import evaluation_mode
 from stitchable.model.modeling_stitchable import Step, StitchablePreTrainedModel
 from stitchable.model.operations import Grid
 from stitchable.model.routes import check_integer
-from stitchable.model.stitching import Side, rows_of
+from stitchable.model.stitching import Side, grid_of, resize
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +39,7 @@ class CutRows(NamedTuple):
     grid: Grid
 
 
-class Joint(NamedTuple):
+class RowPair(NamedTuple):
     """What a stitching layer maps at one joint: the rows at the cut it comes from and at the cut it goes to."""
 
     source: CutRows
@@ -85,7 +85,7 @@ def initialize_stitches(
     for name, layer in layers.items():
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise ValueError(f"the weights of stitching layer {name} are offloaded and cannot be fitted; load them")
-    accumulator = Accumulator(joints_of_layers(model))
+    accumulator = Accumulator(rows_of_layers(model))
     _check_complete(model, accumulator.joints)
     with evaluation_mode(model):
         num_chunks = -(-num_samples // _CHUNK)
@@ -104,18 +104,18 @@ def initialize_stitches(
     return residuals
 
 
-def joints_of_layers(model: StitchablePreTrainedModel) -> dict[str, list[Joint]]:
+def rows_of_layers(model: StitchablePreTrainedModel) -> dict[str, list[RowPair]]:
     """The joints of each stitching layer, of all stitches, each once."""
-    joints: dict[str, dict[Joint, None]] = {}
+    rows: dict[str, dict[RowPair, None]] = {}
     for stitch in model.stitches:
-        for name, front, back in stitch.joints:
-            layer = model.get_stitching_layer(name)
+        for joint in stitch.joints:
+            layer = model.get_stitching_layer(joint.layer)
             # Tokens that the front lacks are not the layer's to make.
             pairs = [(source, target) for target, source in enumerate(layer.carried) if source is not None]
-            source = CutRows(front.anchor, front.stop, tuple(source for source, _ in pairs), layer.target.grid)
-            target = CutRows(back.anchor, back.start, tuple(target for _, target in pairs), layer.target.grid)
-            joints.setdefault(name, {})[Joint(source, target)] = None
-    return {name: list(unique) for name, unique in joints.items()}
+            source = CutRows(joint.front, joint.stop, tuple(source for source, _ in pairs), layer.target.grid)
+            target = CutRows(joint.back, joint.start, tuple(target for _, target in pairs), layer.target.grid)
+            rows.setdefault(joint.layer, {})[RowPair(source, target)] = None
+    return {name: list(unique) for name, unique in rows.items()}
 
 
 @dataclass
@@ -176,8 +176,8 @@ class Accumulator:
     summed about a fixed point near the mean, the `shift` of each cut, or large means would drown small variations.
     """
 
-    def __init__(self, joints: Mapping[str, Sequence[Joint]]) -> None:
-        """`joints` are the joints of each layer, as `joints_of_layers` returns them."""
+    def __init__(self, joints: Mapping[str, Sequence[RowPair]]) -> None:
+        """`joints` are the joints of each layer, as `rows_of_layers` returns them."""
         self.joints = joints
         self.sources = {joint.source for shared in joints.values() for joint in shared}
         self.counts: Counter[CutRows] = Counter()
@@ -242,7 +242,7 @@ class Accumulator:
 
 
 def anchor_features(
-    model: StitchablePreTrainedModel, pixel_values: torch.Tensor, joints: Mapping[str, Sequence[Joint]]
+    model: StitchablePreTrainedModel, pixel_values: torch.Tensor, joints: Mapping[str, Sequence[RowPair]]
 ) -> dict[CutRows, torch.Tensor]:
     """The features (rows, channels) of every cut that a stitching layer reads or writes, each anchor run once.
 
@@ -264,10 +264,18 @@ def anchor_features(
     return features
 
 
-def _check_complete(model: StitchablePreTrainedModel, joints: Mapping[str, Sequence[Joint]]) -> None:
+def rows_of(features: torch.Tensor, side: Side, tokens: Sequence[int], grid: Grid) -> torch.Tensor:
+    """Features as rows (N * positions, channels): the prefix `tokens`, then the grid, resized to `grid`."""
+    if side.is_tokens and tuple(tokens) == tuple(range(side.prefix_tokens)) and grid == side.grid:
+        return features.flatten(0, -2)
+    x = resize(grid_of(features, side), grid).flatten(1, 2)
+    return torch.cat([features[:, list(tokens)], x], dim=1).flatten(0, -2) if tokens else x.flatten(0, -2)
+
+
+def _check_complete(model: StitchablePreTrainedModel, joints: Mapping[str, Sequence[RowPair]]) -> None:
     for shared in joints.values():
         for key in (key for joint in shared for key in (joint.source, joint.target)):
-            missing = {"stem", *range(key.cut)} - model.parts_of_anchor(key.anchor)
+            missing = {"stem", *range(key.cut)} - model.parts[key.anchor]
             if missing:
                 raise ValueError(
                     f"least squares runs anchor {key.anchor} up to cut {key.cut}, but this model does not hold its "
@@ -293,7 +301,7 @@ def _product_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.float64
 
 
-def _products(joints: Sequence[Joint]) -> list[tuple[list[CutRows], list[CutRows]]]:
+def _products(joints: Sequence[RowPair]) -> list[tuple[list[CutRows], list[CutRows]]]:
     """A layer's A^T B, a sum over its joints, in as few products as its sources with different targets.
 
     Sources that share all their targets are added first: a whole window of k x k joints needs one product, not k^2.

@@ -212,8 +212,7 @@ class _Measured:
         joints = [joint for stitch in self.model.stitches for joint in stitch.joints]
         # By name: a layer is shared by all positions of its window.
         self.layers = {
-            joint.layer: (Step("layer", joint.back.anchor, layer=joint.layer), joint.front.anchor, joint.front.stop)
-            for joint in joints
+            joint.layer: (Step("layer", joint.back, layer=joint.layer), joint.front, joint.stop) for joint in joints
         }
         self.weights = self._weigh()
 
@@ -296,7 +295,7 @@ class _Measured:
 
     def _steps_of_anchor(self, anchor: int) -> list[_TimedStep]:
         """The steps of an anchor that this model holds, in order."""
-        model, held = self.model, self.model.parts_of_anchor(anchor)
+        model, held = self.model, self.model.parts[anchor]
         steps, reached = [], -1  # the cut that the step before leads to
         if "stem" in held:
             step = Step("stem", anchor)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from transformers.utils import logging
 from stitchable.batches import unpack_batch
 from stitchable.evaluation import evaluation_mode, known_ids
 from stitchable.model.chain import Flow
-from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification
-from stitchable.model.routes import Stitch, find_stitch
+from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification, StitchablePreTrainedModel
+from stitchable.model.routes import Own, Stitch, find_stitch
 
 logger = logging.get_logger(__name__)
 
@@ -67,6 +68,25 @@ def recalibrate_batch_norms(
     if not scores:
         raise ValueError("this model has no batch norm behind a joint, so there are no statistics to give its stitches")
     return scores
+
+
+def give_own(model: StitchablePreTrainedModel, stitch_id: int, rank: int | None) -> None:
+    """Give a stitch norms of its own behind its first joint, as the anchors have them, and updates of its layers.
+
+    What it computes stays the same until these are trained. A stitch that has some of this rank keeps them.
+
+    Args:
+        model: whose stitch it is.
+        stitch_id: no anchor's.
+        rank: of the updates; whole matrices where factors of this rank would be no smaller. None takes away all.
+
+    Raises:
+        ValueError: an unknown stitch, one without a joint or without norms behind it, or that has another rank.
+    """
+    stitch, own = find_stitch(model.stitches, stitch_id, model.config.left_out), None if rank is None else Own(rank)
+    if own and stitch.own not in (None, own):
+        raise ValueError(f"stitch {stitch.id} has {stitch.own} already, not {own}; give_own(..., None) takes it away")
+    model.replace(replace(stitch, own=own))
 
 
 def _collect(

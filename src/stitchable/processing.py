@@ -1,5 +1,6 @@
 """Images of any kind as the image processors take them, and the image processor of a model."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -10,10 +11,12 @@ import timm
 from PIL import Image, ImageOps
 from timm.data.transforms import str_to_pil_interp
 from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from stitchable.model.configuration_stitchable import StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 _MAX_ASPECT_RATIO = 50  # a line of a million pixels, a few bytes of a file, would be resized to 224 times as many
 _save_pretrained = StitchablePreTrainedModel.save_pretrained
@@ -26,10 +29,25 @@ def save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """As the model's own, and where the folder has no image processor then, with timm's for the largest anchor."""
+    """As the model's own, and where the folder has no image processor then, with that of the checkpoint or timm's."""
     _save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
     if is_main_process and not (Path(save_directory) / IMAGE_PROCESSOR_NAME).exists():
-        image_processor(self.config).save_pretrained(save_directory)
+        _save_image_processor(self, Path(save_directory))
+
+
+def _save_image_processor(model: StitchablePreTrainedModel, folder: Path) -> None:
+    """That of the checkpoint the model was loaded from, but for names of code; else timm's for the largest anchor."""
+    where, settings = {**model.hub_arguments, "_raise_exceptions_for_missing_entries": False}, dict[str, Any]()
+    try:
+        path = cached_file(model.name_or_path, IMAGE_PROCESSOR_NAME, **where) if model.name_or_path else None
+        settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError):
+        logger.warning(f"{model.name_or_path} is no longer there, or its image processor is none")
+    if isinstance(settings, dict) and "image_processor_type" in settings:
+        settings.pop("auto_map", None)
+        (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    else:
+        image_processor(model.config).save_pretrained(folder)
 
 
 def load_image_processor(folder: str | os.PathLike) -> BaseImageProcessor:

@@ -11,11 +11,10 @@ order, then the chains through more than two anchors.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations, groupby, pairwise, permutations
 from typing import Any, Literal, NamedTuple
 
-from stitchable.model.routes import AnchorShape, Segment, Stitch, layer_name, why_not_joined
+from stitchable.model.routes import AnchorShape, Joint, Segment, Stitch, why_not_joined
 
 Direction = Literal["fast_to_slow", "slow_to_fast", "both"]
 Pairs = Literal["all", "forward"]
@@ -28,17 +27,6 @@ class Stage(NamedTuple):
     start: int
     depth: int
     grid: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Joint:
-    """The stitching layer `layer` from cut `stop` of anchor `front` to cut `start` of anchor `back`."""
-
-    front: int
-    stop: int
-    back: int
-    start: int
-    layer: str
 
 
 def enumerate_stitches(
@@ -280,7 +268,7 @@ def _joints(
     for window, stop, start in joined:
         # One layer per window; where a window spans a change of width (a stem narrower than its stage), one per width.
         key = (window, anchors[front].cuts[stop].channels, anchors[back].cuts[start].channels)
-        layers.setdefault(key, layer_name(front, back, first_index + len(layers)))
+        layers.setdefault(key, f"{front}-{back}.{first_index + len(layers)}")
         yield Joint(front, stop, back, start, layers[key])
 
 

@@ -126,7 +126,7 @@ def _intermediate(
     if side.layout == "UNITS":
         raise ValueError("tokens in the order of mask units (Hiera) are no grid, so there are no intermediates")
     if norm and (len(shape.stages) == 1 or is_last):
-        if "head" not in model.parts_of_anchor(step.anchor):
+        if "head" not in model.parts[step.anchor]:
             raise ValueError(f"this model does not hold the final norm of anchor {step.anchor}; give norm=False")
         if any(operation.startswith(FUNCTION) for operation in model.chains[step.anchor].neck):
             raise ValueError(f"the final norm of anchor {step.anchor} leaves no grid; give norm=False")
@@ -150,7 +150,7 @@ def reset_classifier(model: StitchablePreTrainedModel, num_classes: int) -> None
             f"num_classes must be at least 1, got {num_classes}; forward_head(pre_logits=True) leaves the "
             "classifier out"
         )
-    with_heads = [index for index in model.chains if "head" in model.parts_of_anchor(index)]
+    with_heads = [index for index in model.chains if "head" in model.parts[index]]
     if any(next(model.anchors[index].parameters()).is_meta for index in with_heads):
         raise ValueError("a model whose weights are offloaded gets no new classifiers; load it without")
     for index in with_heads:
@@ -166,5 +166,4 @@ def reset_classifier(model: StitchablePreTrainedModel, num_classes: int) -> None
         for module in set(anchor.modules()) - known:
             module.to(like.device, like.dtype).train(anchor.training)  # a batch norm among them, in LeViT
     model.config.num_labels = num_classes
-    model.note_weights()
     logger.warning("the classifiers are new; stitchable.update_costs(model) counts their FLOPs and parameters")

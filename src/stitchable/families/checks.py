@@ -61,7 +61,7 @@ def _watched(model: TimmModel, chain: Chain, function: Callable[[], Any]) -> tup
     def watch(part: str) -> Callable[[nn.Module, Any], None]:
         return lambda module, args: given.update({part: args})
 
-    hooks = [module.register_forward_pre_hook(watch(part)) for part, module in chain.modules_of_blocks(model).items()]
+    hooks = [module.register_forward_pre_hook(watch(part)) for part, module in chain.modules_of(model).items()]
     try:
         with torch.no_grad():
             return given, function()

@@ -12,21 +12,22 @@ import timm
 import torch
 from torch import nn
 from transformers.dynamic_module_utils import get_imports
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from stitchable.families.adapter import Adapter, Description
 from stitchable.families.adapters import ADAPTERS, REFUSED
 from stitchable.families.checks import check_chain
 from stitchable.importing import import_file
 from stitchable.model import operations
-from stitchable.model.architectures import OWN_CLASSES
+from stitchable.model.architectures import OWN_CLASSES, check_name
 from stitchable.model.architectures import create_model as create_known_model
+from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
 from stitchable.model.operations import TimmModel
-from stitchable.model.routes import check_name
 
 logger = logging.get_logger(__name__)
 
 _SHIPPED = Path(operations.__file__).parent
+_load_own_classes: Any = StitchablePreTrainedModel._load_own_classes.__func__  # type: ignore[attr-defined]
 _REGISTERED: dict[type[nn.Module], Adapter | Callable[[TimmModel], Adapter]] = {}
 
 
@@ -293,3 +294,27 @@ def run_modules(paths: Sequence[str]) -> None:
         if folder not in sys.path:
             sys.path.append(folder)
         import_file(path.stem, path)
+
+
+def load_own_classes(
+    cls: type[StitchablePreTrainedModel], references: set[str], source: Any, trust: bool, hub: Mapping[str, Any]
+) -> None:
+    """As the model's own, where the classes of a checkpoint that is trusted may be registered in this process already.
+
+    Raises:
+        ValueError: what is registered is other code than the checkpoint's.
+    """
+    for reference in sorted(references & set(OWN_CLASSES)) if trust else ():
+        file = cached_file(source, f"{reference.split('.')[0]}.py", **hub)
+        if not _is_code_of(OWN_CLASSES[reference], file):
+            fix = "load it in a process of its own, or without trust_remote_code to run what is registered"
+            raise ValueError(f"{source} brings other code of {reference} than what is registered here; {fix}")
+    _load_own_classes(cls, references, source, trust, hub)
+
+
+def _is_code_of(known: type, path: str | None) -> bool:
+    try:
+        own = Path(inspect.getfile(known)).read_text(encoding="utf-8")
+    except (OSError, TypeError):  # of a notebook, which no file can equal
+        return True
+    return path is not None and Path(path).read_text(encoding="utf-8").split() == own.split()

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-import math
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .operations import TimmModel
-from .routes import check_name
+from .schema import read
 
 OWN_CLASSES: dict[str, type[nn.Module]] = {}
 """Classes of anchors that are not timm's, as "file.Class": registered in this process, or loaded with a checkpoint."""
 
+_NAME = re.compile(r"[\w.-]+")
 # What timm's functions take for themselves before the constructor of a model gets the rest: files and addresses of
 # weights, and what else can be made of a model.
 _NOT_OF_A_MODEL = {
@@ -27,12 +28,14 @@ _NOT_OF_A_MODEL = {
 }
 
 
+def check_name(architecture: Any) -> None:
+    """Refuse with a ValueError what names no architecture, such as a path, an address or markup."""
+    if not isinstance(architecture, str) or not _NAME.fullmatch(architecture):
+        raise ValueError(f"an architecture is named by letters, digits, '_', '-' and '.', got {architecture!r:.80}")
+
+
 def create_model(
-    architecture: str,
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    num_classes: int | None,
-    own_class: str | None = None,
+    architecture: str, kwargs: Mapping[str, Any] | None = None, *, num_classes: int | None, own_class: str | None = None
 ) -> TimmModel:
     """A model with random weights: `timm.create_model`, or a class of `OWN_CLASSES`, with an error that helps.
 
@@ -40,49 +43,33 @@ def create_model(
 
     Args:
         architecture: its name, with or without one of timm's tags of pretrained weights.
-        kwargs: further arguments of the model, in JSON types.
+        kwargs: further arguments of the model, in JSON types; those that name files are refused with a ValueError.
         num_classes: None means the architecture's own.
         own_class: "file.Class" where the architecture is not timm's. Its constructor takes the kwargs and
             `num_classes`, unless the file registers the architecture with timm.
-
-    Raises:
-        ValueError: an unknown architecture (the nearest names are suggested) or class, or kwargs that are refused.
     """
     check_name(architecture)
-    kwargs = {} if kwargs is None else kwargs
-    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
-        raise ValueError(f"the kwargs of {architecture!r} must be arguments of the model by name, got {kwargs!r:.80}")
+    kwargs = read(Mapping[str, Any], kwargs or {}, f"the kwargs of {architecture!r}")
     for name in sorted(_NOT_OF_A_MODEL & set(kwargs)):
         raise ValueError(f"the kwargs of {architecture!r} cannot hold {name!r}: they are arguments of its constructor")
-    for name, value in kwargs.items():
-        if not _is_json(value):
-            kept = f"the kwargs of {architecture!r} are kept in config.json, but {name} is {value!r:.80}"
-            raise ValueError(f"{kept}; give a finite number, text, None, or a list or mapping of them")
+    is_timms = timm.is_model(architecture)
     if own_class is not None and own_class not in OWN_CLASSES:
         raise ValueError(f"{architecture!r} is made by {own_class}, which this process has not registered")
-    if own_class is None and not timm.is_model(architecture):
+    if own_class is None and not is_timms:
         near = ", ".join(difflib.get_close_matches(architecture.split(".")[0], timm.list_models(), n=3))
         hint = f"the nearest are {near}" if near else "timm.list_models() lists them all"
         raise ValueError(f"timm {timm.__version__} has no model {architecture!r}; {hint}")
-    # Most of the time of building a model on the meta device would go into initialising what has no values.
-    without_values = _NoValues() if torch.get_default_device().type == "meta" else nullcontext()
     classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    # Most of the time of building a model on the meta device would go into initialising what has no values.
+    on_meta = torch.get_default_device().type == "meta"
     try:
-        with without_values:
-            if own_class is not None and not timm.is_model(architecture):
+        with _NoValues() if on_meta else nullcontext():
+            if own_class is not None and not is_timms:
                 return OWN_CLASSES[own_class](**kwargs, **classes)
             return timm.create_model(architecture, pretrained=False, **classes, **kwargs)
     except Exception as error:  # constructors have many ways to say that they cannot work with their arguments
         reason = str(error) or "an assertion of timm fails"
-        raise ValueError(f"{architecture!r} cannot be made with {dict(kwargs)}: {reason}") from error
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_json(member) for key, member in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_json, value))
-    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+        raise ValueError(f"{architecture!r} cannot be made with {kwargs}: {reason}") from error
 
 
 class _NoValues(TorchDispatchMode):

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from .architectures import create_model
+from .architectures import check_name, create_model
 from .operations import FUNCTION, OPERATIONS, PER_IMAGE, Grid, TimmModel, find_function
-from .routes import AnchorShape, Stitch, carried_tokens, check_name
-from .schema import read, write
+from .routes import AnchorShape, Stitch, carried_tokens
+from .schema import read
 
 Operation = str
 """A step of a part, by name: a submodule or method, which is called, or a parameter, which is added (a position
@@ -29,22 +29,18 @@ Part = str | int
 """What of a model is needed together: "stem", "prefix" (own prefix tokens), "context", a number of a block, "head"."""
 
 PARTS = ("stem", "prefix", "context", "head")
+NECK = -1
+"""The number of what follows the last block, where blocks are counted."""
 
 _CLASS = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")
 
 
 class Flow(NamedTuple):
-    """What flows through a stitch at one cut.
+    """What flows through a stitch at one cut."""
 
-    Attributes:
-        features: in the layout of the current anchor.
-        pixel_values: the images (N, C, H, W), for the context of an anchor that is entered.
-        context: what the blocks of the current anchor get besides: rotary embeddings, sizes, a second stream.
-    """
-
-    features: torch.Tensor
-    pixel_values: torch.Tensor
-    context: tuple[Any, ...] = ()
+    features: torch.Tensor  # in the layout of the current anchor
+    pixel_values: torch.Tensor  # (N, C, H, W), for the context of an anchor that is entered
+    context: tuple[Any, ...] = ()  # what the blocks get besides: rotary embeddings, sizes, a second stream
 
     def select(self, images: torch.Tensor, context: str | None) -> "Flow":
         """That of some images of the batch, by their numbers; `context` is the function of the anchor's chain."""
@@ -61,55 +57,44 @@ class Flow(NamedTuple):
 
 @dataclass(frozen=True)
 class Chain:
-    """The parts of one model, by name. Holds no modules, so it is the same for every copy of the model.
+    """The parts of one model, by name. Holds no modules, so it is the same for every copy of the model."""
 
-    Attributes:
-        stem: what turns pixel values into the features of cut 0, in order.
-        blocks: the operations of each block.
-        neck: what follows the last block before the head, such as a final norm. It belongs to the head.
-        head: what turns the features into logits, the classifier last; empty for timm's own `forward_head`.
-        prefix: parameters (1, tokens, C) that the stem puts in front of the grid, in order.
-        own_prefix: "function:NAME" of what these are at cut 0 (1, tokens, C), given the model, if not their sum with
-            the first positions of `pos_embed` (unless it says `no_embed_class`) after `norm_pre`, as in timm's ViT.
-        call: "function:NAME" of how an operation of a block is called, if not as `operation(features, *context)`: given
-            the model, the operation, the number of the block, the features and the context. It returns the features, or
-            a tuple of the features and the context of the next block.
-        context: "function:NAME" of what the blocks need besides the features, when the stem returns none and when a
-            stitch enters the anchor in its middle: given the model, the features, the pixel values and the grid (None
-            after the anchor's own stem), a tuple.
-        parts: names of submodules and parameters that belong to "stem", "prefix", "context" or "head"; those of a block
-            belong to it, and what is named nowhere to the head.
-    """
-
-    stem: tuple[Operation, ...]
+    stem: tuple[Operation, ...]  # what turns pixel values into the features of cut 0, in order
     blocks: tuple[tuple[Operation, ...], ...]
-    neck: tuple[Operation, ...] = ()
-    head: tuple[Operation, ...] = ()
-    prefix: tuple[str, ...] = ()
+    neck: tuple[Operation, ...] = ()  # what follows the last block before the head, such as a final norm; the head's
+    head: tuple[Operation, ...] = ()  # features to logits, the classifier last; empty for timm's own `forward_head`
+    prefix: tuple[str, ...] = ()  # parameters (1, tokens, C) that the stem puts in front of the grid, in order
+    # "function:NAME" of what these are at cut 0 (1, tokens, C), given the model, if not their sum with the first
+    # positions of `pos_embed` (unless it says `no_embed_class`) after `norm_pre`, as in timm's ViT.
     own_prefix: str | None = None
+    # "function:NAME" of how an operation of a block is called, if not as `operation(features, *context)`: given the
+    # model, the operation, the number of the block, the features and the context. It returns the features, or a tuple
+    # of the features and the context of the next block.
     call: str | None = None
+    # "function:NAME" of what the blocks need besides the features, a tuple, when the stem returns none and when the
+    # anchor is entered in its middle: given the model, the features, the pixel values and the grid (None after its own
+    # stem).
     context: str | None = None
+    # Names of submodules and parameters that belong to "stem", "prefix", "context" or "head"; those of a block belong
+    # to it, and what is named nowhere to the head.
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     functions: ClassVar[dict[str, Any]]  # of each chain, by the names that begin so; `check_names` finds them
 
     def __post_init__(self) -> None:
         """Refuse what no model could be made of."""
-        if not self.blocks or not all(name for operations in self._lists for name in operations):
+        if not self.blocks or not all(self._names):
             raise ValueError("a chain has at least one block, and no empty names")
         for key in ("own_prefix", "call", "context"):
-            if getattr(self, key) is not None and not getattr(self, key).startswith(FUNCTION):
+            if not (getattr(self, key) or FUNCTION).startswith(FUNCTION):
                 raise ValueError(f"{key} must be '{FUNCTION}NAME', got {getattr(self, key)!r}")
         if not set(self.parts) <= set(PARTS):
             raise ValueError(f"the parts are {', '.join(PARTS)}, got {', '.join(self.parts)}")
         object.__setattr__(self, "functions", {})
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types only, the form it has in `config.json`; what is empty is left out."""
-        return write(self)
-
     @property
-    def _lists(self) -> list[tuple[str, ...]]:
-        return [self.stem, *self.blocks, self.neck, self.head, self.prefix, *self.parts.values()]
+    def _names(self) -> list[str]:
+        lists = (self.stem, *self.blocks, self.neck, self.head, self.prefix, *self.parts.values())
+        return [name for names in lists for name in names]
 
     @property
     def depth(self) -> int:
@@ -117,13 +102,8 @@ class Chain:
         return len(self.blocks)
 
     def check_names(self, model: TimmModel) -> None:
-        """Refuse a model that lacks what this chain names, or whose class brings no such function.
-
-        Raises:
-            ValueError: names the first part or function that is missing.
-        """
-        functions = (self.own_prefix, self.call, self.context)
-        for name in (*(name for names in self._lists for name in names), *filter(None, functions)):
+        """Refuse with a ValueError a model that lacks what this chain names, or whose class brings no such function."""
+        for name in (*self._names, *filter(None, (self.own_prefix, self.call, self.context))):
             try:
                 if name.startswith(FUNCTION):
                     self.functions[name] = find_function(name.removeprefix(FUNCTION), type(model))
@@ -151,42 +131,37 @@ class Chain:
 
     def run_block(self, model: TimmModel, index: int, flow: Flow) -> Flow:
         """What flows at cut `index` to what flows at cut `index + 1`."""
-        features, pixel_values, context = flow
-        call = None if self.call is None else self.functions[self.call]
+        features, context, call = flow.features, [*flow.context], self.functions.get(self.call or "")
         for name in self.blocks[index]:
-            part = self.functions.get(name) or attrgetter(name)(model)
-            if call is not None:
+            if call is None:
+                result = self._run(model, name, features, context)
+            else:
+                part = self.functions.get(name) or attrgetter(name)(model)
                 result = call(model, part, index, features, *context)
-            elif isinstance(part, nn.Module):
-                result = part(features, *context)
-            else:
-                result = self._run(model, name, features)
-            if isinstance(result, tuple):
-                features, *rest = result
-                context = tuple(rest)
-            else:
-                features = result
-        return Flow(features, pixel_values, context)
+            features, *context = result if isinstance(result, tuple) else (result, *context)
+        return Flow(features, flow.pixel_values, tuple(context))
 
     def run_neck(self, model: TimmModel, flow: Flow) -> Flow:
         """What flows at cut L to what timm's `forward_features` returns."""
-        features = flow.features
-        for name in self.neck:
-            features = self._run(model, name, features)
-        return Flow(features, flow.pixel_values, flow.context)
+        return flow._replace(features=self._run_all(model, self.neck, flow.features))
 
     def run_head(self, model: TimmModel, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features after the neck to logits (N, num_labels), or to what the classifier gets."""
         if not self.head:
             return model.forward_head(features, pre_logits=pre_logits)
-        for name in self.head[:-1] if pre_logits else self.head:
+        return self._run_all(model, self.head[:-1] if pre_logits else self.head, features)
+
+    def _run_all(self, model: TimmModel, names: Sequence[Operation], features: torch.Tensor) -> torch.Tensor:
+        for name in names:
             features = self._run(model, name, features)
         return features
 
-    def _run(self, model: TimmModel, name: str, features: torch.Tensor) -> Any:
+    def _run(self, model: TimmModel, name: Operation, features: torch.Tensor, context: Sequence[Any] = ()) -> Any:
         if name in self.functions:
             return self.functions[name](model, features)
         part = attrgetter(name)(model)
+        if isinstance(part, nn.Module):
+            return part(features, *context)
         if part is None:
             return features
         return features + part if isinstance(part, nn.Parameter) else part(features)
@@ -201,23 +176,15 @@ class Chain:
             tokens = tokens + positions[:, : tokens.shape[1]]
         return model.norm_pre(tokens) if getattr(model, "norm_pre", None) is not None else tokens
 
-    def modules_of_blocks(self, model: TimmModel) -> dict[str, nn.Module]:
-        """The submodules that the blocks of a model consist of, by name."""
-        named = {
-            name: attrgetter(name)(model) for block in self.blocks for name in block if not name.startswith(FUNCTION)
-        }
-        return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
+    def operations_of(self, block: int) -> tuple[Operation, ...]:
+        """Those of a block, or of the neck (-1)."""
+        return self.neck if block == NECK else self.blocks[block]
 
-    def modules_for(self, model: TimmModel, block: int) -> Collection[nn.Module]:
-        """The submodules that a block needs, the model itself among them; all but those of the blocks if it is -1."""
-        parts = self.modules_of_blocks(model)
-        if block >= 0:
-            return [
-                model,
-                *(module for name in self.blocks[block] if name in parts for module in parts[name].modules()),
-            ]
-        blocks = {module for part in parts.values() for module in part.modules()}
-        return [module for module in model.modules() if module not in blocks]
+    def modules_of(self, model: TimmModel, operations: Sequence[Operation] | None = None) -> dict[str, nn.Module]:
+        """Those operations that are submodules of a model, by name; of all blocks if None."""
+        names = [name for block in self.blocks for name in block] if operations is None else operations
+        named = {name: attrgetter(name)(model) for name in names if not name.startswith(FUNCTION)}
+        return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
 
     @cached_property
     def _owners(self) -> Mapping[str, Part]:
@@ -258,21 +225,13 @@ def lacking(model: TimmModel, error: AttributeError) -> ValueError:
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor(AnchorShape):
-    """An anchor of the config: its shape, and how to build and run it.
+    """An anchor of the config: its shape, and how to build and run it."""
 
-    Attributes:
-        architecture: a timm name, or one of a class of your own.
-        kwargs: all arguments of its constructor but the number of classes.
-        class_: "file.Class" of a file beside the config, for what is none of timm's; "class" in JSON.
-        pretrained: which weights it started from; provenance only.
-        chain: its parts, by name.
-    """
-
-    architecture: str
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    class_: str | None = None
-    pretrained: str | None = None
-    chain: Chain
+    architecture: str  # a timm name, or one of a class of your own
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # of its constructor, all but the number of classes
+    class_: str | None = None  # "file.Class" of a file beside the config, for what is none of timm's; "class" in JSON
+    pretrained: str | None = None  # which weights it started from; provenance only
+    chain: Chain  # its parts, by name
 
     def __post_init__(self) -> None:
         """Refuse names that are paths or markup, and a chain of another depth."""
@@ -285,24 +244,16 @@ class Anchor(AnchorShape):
 
     @classmethod
     def from_dict(cls, entry: Any, path: str = "an anchor") -> "Anchor":
-        """An anchor of the config.
-
-        Raises:
-            ValueError: what an anchor is not made of; names the place, whose beginning is `path`.
-        """
-        anchor = read(
-            cls, {key: x for key, x in entry.items() if key != "depth"} if isinstance(entry, Mapping) else entry, path
-        )
-        if entry.get("depth") != anchor.depth:
-            raise ValueError(f"{path}.depth must be the sum of its stages, {anchor.depth}, got {entry.get('depth')!r}")
+        """An anchor of the config; a ValueError names the place, whose beginning is `path`."""
+        depth = entry.get("depth") if isinstance(entry, Mapping) else None
+        rest = {key: x for key, x in entry.items() if key != "depth"} if isinstance(entry, Mapping) else entry
+        anchor = read(cls, rest, path)
+        if depth != anchor.depth:
+            raise ValueError(f"{path}.depth must be the sum of its stages, {anchor.depth}, got {depth!r}")
         return anchor
 
     def build(self, num_classes: int | None) -> TimmModel:
-        """Its model, with random weights and all of its parts.
-
-        Raises:
-            ValueError: it cannot be made, or lacks what the chain names.
-        """
+        """Its model, with random weights and all of its parts; a ValueError if it cannot be made, or lacks some."""
         try:
             model = create_model(self.architecture, self.kwargs, num_classes=num_classes, own_class=self.class_)
             self.chain.check_names(model)
@@ -319,7 +270,7 @@ def parts_used(anchors: Sequence[AnchorShape], stitches: Iterable[Stitch]) -> li
             parts[segment.anchor] |= {*range(segment.start, segment.stop), "context"}
         parts[stitch.route[0].anchor] |= {"stem", "prefix"}
         parts[stitch.route[-1].anchor].add("head")
-        for _, front, back in stitch.joints:
-            if None in carried_tokens(anchors[front.anchor], anchors[back.anchor]):
-                parts[back.anchor].add("prefix")
+        for joint in stitch.joints:
+            if None in carried_tokens(anchors[joint.front], anchors[joint.back]):
+                parts[joint.back].add("prefix")
     return parts

@@ -16,12 +16,8 @@ from .schema import read, write
 STITCHABLE_VERSION = "0.1.0"
 
 # Fields of transformers of which it does not say what is wrong with them.
-_OTHERS = {
-    "id2label": Mapping[str, str],
-    "label2id": Mapping[str, int],
-    "architectures": tuple[str, ...],
-    "model_type": str,
-}
+_OTHERS: dict[str, Any] = {"id2label": Mapping[str, str], "label2id": Mapping[str, int]}
+_OTHERS |= {"architectures": tuple[str, ...], "model_type": str}
 _AUTO_MAP = {
     "AutoConfig": "configuration_stitchable.StitchableConfig",
     "AutoModel": "modeling_stitchable.StitchableModel",
@@ -56,18 +52,17 @@ class Settings:
             raise ValueError("image_mean and image_std must have a number for each channel, of image_std above 0")
         if not all(part.isalnum() for part in self.stitchable_version.split(".")):
             raise ValueError(f"stitchable_version must be like {STITCHABLE_VERSION!r}, got {self.stitchable_version!r}")
-        # transformers makes an empty config to find what differs from the defaults.
-        if self.anchors or self.stitches:
-            check_stitches(
-                self.stitches, [Anchor.from_dict(x, f"anchors[{i}]").depth for i, x in enumerate(self.anchors)]
-            )
-            check_cascades(self.cascades, self.stitches, self.left_out)
-            if self.stitch_id is not None:
-                find_stitch(self.stitches, self.stitch_id)
-            if self.cascade_id is not None:
-                find_cascade(self.cascades, self.cascade_id, self.stitches)
-            if None not in (self.stitch_id, self.cascade_id):
-                raise ValueError("stitch_id and cascade_id are the default of a call, so one of them must be null")
+        if not self.anchors and not self.stitches:
+            return  # transformers makes an empty config to find what differs from the defaults
+        anchors = [Anchor.from_dict(entry, f"anchors[{index}]") for index, entry in enumerate(self.anchors)]
+        check_stitches(self.stitches, [anchor.depth for anchor in anchors])
+        check_cascades(self.cascades, self.stitches, self.left_out)
+        if self.stitch_id is not None:
+            find_stitch(self.stitches, self.stitch_id)
+        if self.cascade_id is not None:
+            find_cascade(self.cascades, self.cascade_id, self.stitches)
+        if None not in (self.stitch_id, self.cascade_id):
+            raise ValueError("stitch_id and cascade_id are the default of a call, so one of them must be null")
 
 
 class StitchableConfig(PreTrainedConfig):
@@ -135,10 +130,8 @@ class StitchableConfig(PreTrainedConfig):
         Args:
             config_dict: as `to_dict` returns it.
             kwargs: `stitch_id`, the only stitch to keep; `cascade`, whose stages are all to keep; or `max_flops`, to
-                keep every stitch up to that cost, `stitch_id` the default. Others as in any `PreTrainedConfig`.
-
-        Raises:
-            ValueError: there is no such stitch.
+                keep every stitch up to that cost, `stitch_id` the default; a ValueError if there is no such stitch.
+                Others as in any `PreTrainedConfig`.
         """
         stitch_id, cascade, max_flops = (kwargs.pop(name, None) for name in ("stitch_id", "cascade", "max_flops"))
         if (stitch_id, cascade, max_flops) != (None, None, None):

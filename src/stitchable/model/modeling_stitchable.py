@@ -6,14 +6,12 @@ Stitchable Neural Networks, Pan, Cai, Zhuang, CVPR 2023 (https://arxiv.org/abs/2
 import copy
 import difflib
 import inspect
-import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,19 +22,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
+from transformers.utils import logging
 
 from .architectures import OWN_CLASSES
 from .cascades import CascadeOutput, run_cascade
-from .chain import Anchor, Flow, Part, parts_used
+from .chain import Anchor, Flow, parts_used
 from .configuration_stitchable import StitchableConfig
 from .operations import TimmModel
-from .own import OwnParts, Update, View, views_of
+from .own import OwnParts, Update
 from .placement import brought_in, check_device_map, device_of, entering
 from .routes import (
     Cascade,
     Choice,
-    Own,
     Stitch,
     Stitches,
     best_within,
@@ -90,6 +87,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _supports_sdpa = True  # timm's attention calls scaled_dot_product_attention itself
     record: Callable[..., Stitch]  # what importing the package adds, as it does more that code of others calls
+    replace: Callable[..., None]
+    give_own: Callable[..., None]
 
     def __init__(self, config: StitchableConfig) -> None:
         super().__init__(config)
@@ -97,31 +96,21 @@ class StitchablePreTrainedModel(PreTrainedModel):
             raise ValueError("this config has no anchors; make one with stitchable.make_config([...])")
         self.shapes, self._stitches = _described(config)
         self.cascades = config.cascades
-        if config.cascade_id is None:
-            find_stitch(self._stitches, config.stitch_id)  # again, because a config can be changed after it was checked
-        self._parts = parts_used(self.shapes, self._stitches)
-        self._plans = {stitch.id: _plan(stitch) for stitch in self._stitches}
+        self.parts = parts_used(self.shapes, self._stitches)  # what this model holds of each anchor
+        self._plans = {stitch.id: plan_of(stitch) for stitch in self._stitches}
         self.gradient_checkpointing = False
         self._warnings: set[str] = set()
         self.hub_arguments: dict[str, Any] = {}  # where from_pretrained looked for `name_or_path`
-        self.chains = {index: self.shapes[index].chain for index, parts in enumerate(self._parts) if parts}
+        self.chains = {index: self.shapes[index].chain for index, parts in enumerate(self.parts) if parts}
         self.anchors = nn.ModuleList(self._build_anchor(index) for index in range(len(self.shapes)))
         self.stitching_layers = self._build_stitching_layers()
         self.own = nn.ModuleDict()  # by the id of the stitch
-        self._views: dict[int, dict[tuple[int, int], View]] = {}
         for stitch in self._stitches:
             self._build_own(stitch)
-        if self.device.type != "meta":
-            # timm has initialised its layers in its own way; transformers would do it over in post_init.
-            for module in (*self.anchors.modules(), *self.stitching_layers.modules(), *self.own.modules()):
-                setattr(module, "_is_hf_initialized", True)  # noqa: B010  # a flag of transformers, unknown to mypy
         # Parts that accelerate's automatic device maps place as a whole.
-        self._no_split_modules = {type(self.anchors[index]).__name__ for index in self.chains} | {
-            "StitchingLayer",
-            "OwnParts",
-        }
+        whole = {type(self.anchors[index]).__name__ for index in self.chains}
+        self._no_split_modules = whole | {"StitchingLayer", "OwnParts"}
         self.post_init()
-        self.note_weights()
         if config.num_labels_of_costs not in (None, config.num_labels):
             logger.warning_once(
                 f"the FLOPs, parameters and metrics of the stitches are those of {config.num_labels_of_costs} classes, "
@@ -166,46 +155,35 @@ class StitchablePreTrainedModel(PreTrainedModel):
         self.config.stitch_id, self.config.cascade_id = None, cascade.id
         return cascade
 
-    def find(
-        self,
-        flops: float | None = None,
-        *,
-        mean_flops: float | None = None,
-        params: float | None = None,
-        latency_ms: float | None = None,
-        memory_mb: float | None = None,
-        metric: str | None = None,
-    ) -> Choice:
+    def find(self, flops: float | None = None, *, metric: str | None = None, **bounds: float | None) -> Choice:
         """The best measured stitch or cascade within every bound given; changes nothing.
 
         Stitches within the bounds that were not measured are passed over, with a warning that counts them.
 
         Args:
             flops: upper bound on multiply-adds plus normalisation terms of every image (one multiply-add = 1).
-            mean_flops: upper bound on those of an image on average, which a cascade may exceed for some.
-            params: upper bound on parameters, of the stitch alone.
-            latency_ms: upper bound on milliseconds per call, as `stitchable.calibrate` predicted them.
-            memory_mb: upper bound on the peak of memory of a call, in 10^6 bytes, predicted likewise.
             metric: which measured figure to maximise; None for accuracy, or where nobody had labels, agreement with the
                 largest anchor. Where none was measured, the largest FLOPs win.
+            bounds: upper bounds on `mean_flops` (of an image on average, which a cascade may exceed for some), `params`
+                (of the stitch alone), `latency_ms` (milliseconds per call, as `stitchable.calibrate` predicted) and
+                `memory_mb` (the peak of memory of a call, in 10^6 bytes, predicted likewise).
 
         Raises:
             ValueError: no bound, a bound that is no positive number, or nothing within them (names the cheapest).
         """
-        bounds = {"flops": flops, "mean_flops": mean_flops, "params": params, "latency_ms": latency_ms}
-        choices, bounds["memory_mb"] = (*self.stitches, *self.cascades), memory_mb
+        bounds = {"flops": flops, **bounds}
+        choices = (*self.stitches, *self.cascades)
         metric = metric or measured_by(choices)
         best, affordable = best_within(choices, metric=metric, **bounds), within(choices, **bounds)
         unmeasured = sum(metric not in choice.metrics for choice in affordable)
-        if unmeasured:
-            chosen = "the best of the others" if metric in best.metrics else "the largest FLOPs"
-            warning = (
-                f"{unmeasured} of the {len(affordable)} stitches within this budget have no measured {metric}; "
-                f"the choice is {chosen}. stitchable.evaluate(model, batches) measures them"
-            )
-            if warning not in self._warnings:  # once for this model: budgets change while it runs
-                self._warnings.add(warning)
-                logger.warning(warning)
+        chosen = "the best of the others" if metric in best.metrics else "the largest FLOPs"
+        warning = (
+            f"{unmeasured} of the {len(affordable)} stitches within this budget have no measured {metric}; "
+            f"the choice is {chosen}. stitchable.evaluate(model, batches) measures them"
+        )
+        if unmeasured and warning not in self._warnings:  # once for this model: budgets change while it runs
+            self._warnings.add(warning)
+            logger.warning(warning)
         return best
 
     def for_budget(self, flops: float | None = None, **bounds: Any) -> Choice:
@@ -227,12 +205,6 @@ class StitchablePreTrainedModel(PreTrainedModel):
             yield choose(cascade if stitch_id is None else stitch_id)
         finally:
             self.config.stitch_id, self.config.cascade_id = before
-
-    def replace(self, stitch: Stitch) -> None:
-        """Put new figures of a stitch, as `record` of the package makes them, into the table and the config."""
-        index = [known.id for known in self._stitches].index(stitch.id)
-        self._stitches = Stitches((*self._stitches[:index], stitch, *self._stitches[index + 1 :]))
-        self.config.stitches[index] = stitch.to_dict()
 
     def _find(self, stitch_id: int | None) -> Stitch:
         wanted = self.config.stitch_id if stitch_id is None else stitch_id
@@ -264,18 +236,15 @@ class StitchablePreTrainedModel(PreTrainedModel):
     def start(self, pixel_values: torch.Tensor) -> Flow:
         """What flows before the first step of any stitch: pixel values (N, C, H, W).
 
-        Each anchor and each stitching layer casts what enters it to its own data type, on its own device.
-
-        Raises:
-            ValueError: whole numbers, which are no pixel values yet, or a model that is split inside an anchor.
+        Each anchor and each stitching layer casts what enters it to its own data type, on its own device. A ValueError
+        refuses whole numbers, which are no pixel values yet, and a model that is split inside an anchor.
         """
         if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4:
             found = f"of shape {tuple(pixel_values.shape)}" if isinstance(pixel_values, torch.Tensor) else pixel_values
             raise ValueError(f"pixel values must be a tensor (N, C, H, W), got one {found!s:.80}")
         if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel values are floating-point numbers, got {pixel_values.dtype}; see the image processor"
-            )
+            found = f"{pixel_values.dtype}; see the image processor"
+            raise ValueError(f"pixel values are floating-point numbers, got {found}")
         if "hf_device_map" in self.__dict__:  # accelerate has placed the parts of this model
             check_device_map(self.__dict__["hf_device_map"])
         return Flow(pixel_values, pixel_values)
@@ -286,8 +255,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
         own: Any = self.own[str(step.own)] if step.own >= 0 else None
         with brought_in(self, anchor, chain, step.block):
             if step.kind in ("block", "neck"):
-                if own is not None:
-                    anchor = self._views[step.own][step.anchor, step.block].refreshed(own.norms)
+                anchor = anchor if own is None else own.seen(step.anchor, step.block) or anchor
                 return chain.run_block(anchor, step.block, flow) if step.block >= 0 else chain.run_neck(anchor, flow)
             if step.kind == "bare":
                 return flow
@@ -307,10 +275,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
             return chain.run_head(module, features, pre_logits)
 
     def run_features(
-        self,
-        pixel_values: torch.Tensor,
-        stitch_id: int | None = None,
-        hidden_states: list[torch.Tensor] | None = None,
+        self, pixel_values: torch.Tensor, stitch_id: int | None = None, hidden_states: list[torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, int]:
         """Run a stitch up to its head; returns the features and the anchor whose head follows.
 
@@ -407,60 +372,29 @@ class StitchablePreTrainedModel(PreTrainedModel):
         layers: Any = self.stitching_layers[pair]
         return layers[index]
 
-    def give_own(self, stitch_id: int, rank: int | None) -> None:
-        """Give a stitch norms of its own behind its first joint, as the anchors have them, and updates of its layers.
-
-        What it computes stays the same until these are trained. A stitch that has some of this rank keeps them.
-
-        Args:
-            stitch_id: no anchor's.
-            rank: of the updates; whole matrices where factors of this rank would be no smaller. None takes away all.
-
-        Raises:
-            ValueError: an unknown stitch, one without a joint or without norms behind it, or that has another rank.
-        """
-        stitch, own = self._find(stitch_id), None if rank is None else Own(rank)
-        if own and stitch.own not in (None, own):
-            raise ValueError(
-                f"stitch {stitch.id} has {stitch.own} already, not {own}; give_own(..., None) takes it away"
-            )
-        if stitch.own != own:
-            stitch = replace(stitch, own=own)
-            self._build_own(stitch)
-            self._plans[stitch.id] = _plan(stitch)
-            self.replace(stitch)
-            self.note_weights()
-
     def _build_own(self, stitch: Stitch) -> None:
-        if not stitch.own:
-            if self._views.pop(stitch.id, None):
-                del self.own[str(stitch.id)]
-        else:
-            layers = self.get_stitching_layer
+        if str(stitch.id) in self.own:
+            del self.own[str(stitch.id)]
+        if stitch.own:
             try:
-                parts = OwnParts(stitch, stitch.own.rank, self.chains, self.anchors, layers).train(self.training)
+                parts = OwnParts(stitch, stitch.own.rank, self.chains, self.anchors, self.get_stitching_layer)
             except ValueError as error:
                 raise ValueError(f"stitch {stitch.id}: {error}") from None
-            self._views[stitch.id] = views_of(parts, stitch, self.chains, self.anchors)
-            self.own[str(stitch.id)] = parts
-
-    def parts_of_anchor(self, index: int) -> set[Part]:
-        """What this model holds of an anchor because some stitch uses it."""
-        return self._parts[index]
+            self.own[str(stitch.id)] = parts.train(self.training)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block of each anchor in place, with the arguments of `torch.compile`.
 
         Compiled whole, the model would be compiled anew for every stitch; blocks that are alike share their code.
         """
-        blocks = [x for i, chain in self.chains.items() for x in chain.modules_of_blocks(self.anchors[i]).values()]
+        seen = [(chain, self.anchors[index]) for index, chain in self.chains.items()]
+        blocks = [block for chain, anchor in seen for block in chain.modules_of(anchor).values()]
         # Torch counts the versions of all blocks of a class together and gives up beyond 8, but every rate of drop path
         # makes a version of its own: so 8 for each block.
         options = {"recompile_limit": 8 * len(blocks), **options}
-        for stitch_id, views in self._views.items():
-            for (anchor, _), view in views.items():
-                seen = view.refreshed(self.own[str(stitch_id)].norms)
-                blocks += self.chains[anchor].modules_of_blocks(seen).values()
+        parts: Any = self.own.values()
+        seen = [(self.chains[run[0]], own.seen(*run)) for own in parts for run in own.views]
+        blocks += [block for chain, anchor in seen for block in chain.modules_of(anchor).values()]
         for block in dict.fromkeys(blocks):
             block.compile(**options)
 
@@ -480,20 +414,28 @@ class StitchablePreTrainedModel(PreTrainedModel):
         own: Any = None
         if cascade is None and config.stitches[0].pop("own", None):
             own = self.own[str(config.stitches[0]["id"])]
-        with torch.device("meta"):
-            extracted = type(self)(config)
+        extracted = _without_values(type(self), config)
+        named: Any = self.named_modules(remove_duplicate=False)
+        modules = {name.replace("._orig_mod", ""): module for name, module in named}  # a compiled block is wrapped
+        modules |= {name: own.norms[key] for name, key in own.places.items()} if own else {}
         for name, module in extracted.named_modules():
-            place = f"own.{config.stitches[0]['id']}.norms.{own.places[name]}" if own and name in own.places else name
-            source = _counterpart(self, place, module)
+            if isinstance(module, nn.Identity):  # of which the stitch needs nothing
+                continue
+            source = modules.get(name, nn.Identity())
+            needed, found = _content(module), _content(source)
+            if needed != {key: found.get(key) for key in needed}:
+                difference = f"the config has {needed} there, the model {found}"
+                raise ValueError(f"{name} cannot be taken over exactly: {difference}. {_REPAIR}")
+            if any(tensor.is_meta for tensor in source.parameters(recurse=False)):
+                hint = "load it alone: from_pretrained(..., stitch_id=)"
+                raise ValueError(f"the weights of {name} are offloaded; {hint}")
             for key, _ in list(module.named_parameters(recurse=False)):
                 parameter = source.get_parameter(key)
                 setattr(module, key, nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad))
             for key, _ in list(module.named_buffers(recurse=False)):
                 setattr(module, key, source.get_buffer(key).clone())
         for name in extracted.stitches[0].layers if own else ():
-            update = own.layers[name.replace(".", "-")]
-            _counterpart(self, f"own.{config.stitches[0]['id']}.layers.{name.replace('.', '-')}", update)
-            update.merge(extracted.get_stitching_layer(name).linear)
+            own.layers[name.replace(".", "-")].merge(extracted.get_stitching_layer(name).linear)
         return extracted.train(self.training)
 
     # ---------------------------------------------------------------- saving and loading
@@ -504,10 +446,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         """As in any `PreTrainedModel`, but in one file per anchor, one for the stitching layers, one for own parts.
 
         So a model that is loaded for one stitch or a budget downloads only the files it needs. `max_shard_size` has no
-        effect. The image processor of the checkpoint that the model was loaded from goes along.
-
-        Raises:
-            ValueError: weights that the config does not describe, which no checkpoint of it could give back.
+        effect. The image processor goes along where stitchable is imported.
+        A ValueError refuses weights that the config does not describe, which no checkpoint of it could give back.
         """
         push_to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         options = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
@@ -521,8 +461,6 @@ class StitchablePreTrainedModel(PreTrainedModel):
             with writing(save_directory, weights, kwargs.get("variant"), lambda x: load_offloaded_parameter(self, x)):
                 super().save_pretrained(save_directory, is_main_process, {}, *rest, **kwargs)
         if is_main_process:
-            if not (Path(save_directory) / IMAGE_PROCESSOR_NAME).exists():
-                self._save_image_processor(Path(save_directory))
             for model_class in {type(self.anchors[index]) for index in self.chains} & {*OWN_CLASSES.values()}:
                 custom_object_save(model_class, save_directory)
             if push_to_hub:
@@ -561,15 +499,16 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if not config.anchors:  # transformers makes an empty config where there is none
             raise ValueError(f"{source} has no config.json of a stitchable model")
         anchors, stitches = _described(config)
-        cls._load_own_classes(anchors, stitches, source, trust_remote_code, hub)
+        classes = {anchors[segment.anchor].class_ for stitch in stitches for segment in stitch.route}
+        cls._load_own_classes({name for name in classes if name}, source, trust_remote_code, hub)
         files = find_shards(source, _needed_weights(anchors, stitches), variant=kwargs.get("variant"), **hub)
         adapter, place = find_adapter(source, **hub), source
+        if config.left_out and adapter is not None:
+            raise ValueError(
+                f"an adapter of PEFT lies in {source}, which is for the whole model, and a part of it is loaded; "
+                "merge the adapters first (merge_and_unload), save the model, and load the part of that"
+            )
         if config.left_out:
-            if adapter is not None:
-                raise ValueError(
-                    f"an adapter of PEFT lies in {source}, which is for the whole model, and a part of it is loaded; "
-                    "merge the adapters first (merge_and_unload), save the model, and load the part of that"
-                )
             kwargs = {name: x for name, x in kwargs.items() if name not in (*hub, "variant", "use_safetensors")}
             place, kwargs["state_dict"] = None, read_weights(files)  # type: ignore[assignment]
         elif adapter is not None:
@@ -595,68 +534,29 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return type(given).from_dict(given.to_dict(), **part) if part else given, kwargs
 
     @classmethod
-    def _load_own_classes(
-        cls,
-        anchors: Sequence[Anchor],
-        stitches: Stitches,
-        source: str | os.PathLike,
-        trust: bool,
-        hub: Mapping[str, Any],
-    ) -> None:
+    def _load_own_classes(cls, references: set[str], source: Any, trust: bool, hub: Mapping[str, Any]) -> None:
         """Make the classes that the anchors name known, from the files of the checkpoint where that is trusted."""
-        references = {anchors[segment.anchor].class_ for stitch in stitches for segment in stitch.route} - {None}
         # Code that travelled with the checkpoint runs because somebody trusted it.
-        travelled = cls.__module__.startswith("transformers_modules.")
+        trust = trust or cls.__module__.startswith("transformers_modules.")
         where = {name: value for name, value in hub.items() if name != "subfolder"}
-        for reference in sorted(map(str, references)):
-            known, file = OWN_CLASSES.get(reference), f"{reference.split('.')[0]}.py"
-            if known is None and not (trust or travelled):
-                raise ValueError(
-                    f"{source} brings models of its own in {file}; read it and pass trust_remote_code=True, or import "
-                    "the file that registers them"
-                )
-            if known is None:
-                OWN_CLASSES[reference] = get_class_from_dynamic_module(reference, source, **where)
-            elif trust and not travelled and not _is_code_of(known, cached_file(source, file, **hub)):
-                raise ValueError(
-                    f"{source} brings other code of {reference} than what is registered here; load it in a process of "
-                    "its own, or without trust_remote_code to run what is registered"
-                )
+        for reference in sorted(references - set(OWN_CLASSES)):
+            if not trust:
+                file = f"{reference.split('.')[0]}.py"
+                fix = "read it and pass trust_remote_code=True, or import the file that registers them"
+                raise ValueError(f"{source} brings models of its own in {file}; {fix}")
+            OWN_CLASSES[reference] = get_class_from_dynamic_module(reference, source, **where)
 
-    def note_weights(self) -> None:
-        """Remember the weights that the config describes, before anything replaces or changes them."""
-        self._noted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        self._noted_config = self.config.num_labels, [stitch.route for stitch in self._stitches]
-
-    def _check_saveable(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def _check_saveable(self, weights: Mapping[str, Any]) -> None:
         """Refuse weights of other names or shapes than the config describes: they could not be loaded again."""
         if any(getattr(x, "is_meta", False) for x in weights.values()) and not hasattr(self, "hf_device_map"):
             raise ValueError("weights that are offloaded by hooks cannot be saved; save the model before")
-        if self._noted_config != (self.config.num_labels, [stitch.route for stitch in _described(self.config)[1]]):
-            raise ValueError(
-                "the labels or stitches of the config are no longer those of the model; "
-                "model.reset_classifier(num_classes) changes classifiers and config, other stitches are another model"
-            )
-        given = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
-        for name in sorted({*given, *self._noted}):
-            if given.get(name) != self._noted.get(name):
-                raise ValueError(
-                    f"the config does not describe these weights ({name} has the shape {given.get(name)}, by the "
-                    f"config {self._noted.get(name)}), so they could not be loaded again. {_REPAIR}"
-                )
-
-    def _save_image_processor(self, folder: Path) -> None:
-        """Copy that of the checkpoint that this model was loaded from, but for the names of code."""
-        where = {**self.hub_arguments, "_raise_exceptions_for_missing_entries": False}
-        try:
-            path = cached_file(self.name_or_path, IMAGE_PROCESSOR_NAME, **where) if self.name_or_path else None
-            settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-        except (OSError, ValueError):
-            logger.warning(f"{self.name_or_path} is no longer there, or its image processor is none")
-            return
-        if isinstance(settings, dict) and "image_processor_type" in settings:
-            settings.pop("auto_map", None)
-            (folder / IMAGE_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        described = _shapes(_without_values(type(self), copy.deepcopy(self.config)).state_dict())
+        given = _shapes(weights)
+        for name in sorted({*described, *given}):
+            if given.get(name) != described.get(name):
+                difference = f"{name} has the shape {given.get(name)}, by the config {described.get(name)}"
+                problem = f"the config does not describe these weights ({difference})"
+                raise ValueError(f"{problem}, so they could not be loaded again. {_REPAIR}")
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]  # a mixin's, for mypy none
         """Push the folder that this model was loaded from, with the weights and the config it has now, as one commit.
@@ -670,18 +570,15 @@ class StitchablePreTrainedModel(PreTrainedModel):
         """
         private, token = options.pop("private", None), options.pop("token", None)
         options.pop("max_shard_size", None)
-        unknown = set(options) - {"revision", "commit_message", "commit_description", "create_pr"}
-        if unknown:
-            raise ValueError(f"push_to_hub has no option {min(unknown)!r} where stitchable is not imported")
+        for name in sorted(set(options) - {"revision", "commit_message", "commit_description", "create_pr"}):
+            raise ValueError(f"push_to_hub has no option {name!r} where stitchable is not imported")
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            if self.name_or_path:  # what the checkpoint has beside its weights
-                source = str(self.name_or_path)
-                if not Path(source).is_dir():
-                    revision, cache = self.hub_arguments.get("revision"), self.hub_arguments.get("cache_dir")
-                    source = snapshot_download(
-                        source, revision=revision, cache_dir=cache, token=token, ignore_patterns=WEIGHTS
-                    )
+            source = str(self.name_or_path)
+            if source and not Path(source).is_dir():
+                where: Any = {name: self.hub_arguments.get(name) for name in ("revision", "cache_dir")}
+                source = snapshot_download(source, token=token, ignore_patterns=WEIGHTS, **where)
+            if source:  # what the checkpoint has beside its weights
                 ignored = shutil.ignore_patterns(*WEIGHTS, "__pycache__", ".cache")
                 shutil.copytree(source, folder, ignore=ignored, dirs_exist_ok=True)
             self.save_pretrained(folder)
@@ -700,30 +597,35 @@ class StitchablePreTrainedModel(PreTrainedModel):
             model = self.shapes[index].build(self.config.num_labels)
         except ValueError as error:
             raise ValueError(f"anchors[{index}]: {error}") from error
-        self.chains[index].keep_only(model, self._parts[index])
+        self.chains[index].keep_only(model, self.parts[index])
         return model
 
     def _build_stitching_layers(self) -> nn.ModuleDict:
-        pairs: dict[str, dict[str, StitchingLayer]] = {}
+        layers: dict[str, StitchingLayer] = {}
         for number, stitch in enumerate(self.stitches):
-            for name, front, back in stitch.joints:
-                source, target = self.shapes[front.anchor], self.shapes[back.anchor]
-                cuts = f"cut {front.stop} of anchor {front.anchor} and cut {back.start} of anchor {back.anchor}"
-                problem = why_not_joined(source, front.stop, target, back.start, self.config.resize)
+            for front, stop, back, start, name in stitch.joints:
+                cuts = f"cut {stop} of anchor {front} and cut {start} of anchor {back}"
+                ends = self.shapes[front], stop, self.shapes[back], start
+                problem = why_not_joined(*ends, self.config.resize)
                 if problem:
                     raise ValueError(f"stitches[{number}]: {cuts} cannot be joined: {problem}")
-                pair, index = name.split(".")
-                layer = StitchingLayer.between(source, front.stop, target, back.start)
-                if pairs.setdefault(pair, {}).setdefault(index, layer).arguments != layer.arguments:
+                layer = StitchingLayer.between(*ends)
+                if layers.setdefault(name, layer).arguments != layer.arguments:
                     raise ValueError(f"stitches[{number}]: layer {name} joins other cuts elsewhere than here {cuts}")
-        return nn.ModuleDict({pair: nn.ModuleDict(members) for pair, members in pairs.items()})
+        pairs: dict[str, nn.ModuleDict] = {}
+        for name, layer in layers.items():
+            pair, index = name.split(".")
+            pairs.setdefault(pair, nn.ModuleDict())[index] = layer
+        return nn.ModuleDict(pairs)
+
+    def init_weights(self) -> None:
+        """Leave the weights of a new model as its layers have initialised them in their own way."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Only what from_pretrained did not load comes here: new classifiers, and buffers that no checkpoint holds.
-        layers = (layer for layer in self.stitching_layers.modules() if isinstance(layer, StitchingLayer))
-        is_ours = isinstance(module, nn.Linear) and any(module is layer.linear for layer in layers)
-        if is_ours or isinstance(module, Update):
+        ours = (layer.linear for layer in self.stitching_layers.modules() if isinstance(layer, StitchingLayer))
+        if isinstance(module, Update) or any(module is linear for linear in ours):
             module.reset_parameters()  # type: ignore[operator]
         else:
             super()._init_weights(module)
@@ -770,12 +672,13 @@ def _needed_weights(anchors: Sequence[Anchor], stitches: Stitches) -> Callable[[
     return is_needed
 
 
-def _plan(stitch: Stitch) -> tuple[Step, ...]:
+def plan_of(stitch: Stitch) -> tuple[Step, ...]:
+    """The steps of a stitch."""
     steps, own = [Step("stem", stitch.route[0].anchor)], -1
-    for segment, layer, back in zip(stitch.route, (*stitch.layers, ""), (*stitch.route[1:], None), strict=True):
+    for segment, joint in zip(stitch.route, (*stitch.joints, None), strict=True):
         steps += [Step("block", segment.anchor, block, own=own) for block in range(segment.start, segment.stop)]
         own = stitch.id if stitch.own else -1
-        steps += [Step("layer", back.anchor, layer=layer, own=own)] if back else []
+        steps += [Step("layer", joint.back, layer=joint.layer, own=own)] if joint else []
     return (*steps, Step("bare" if stitch.skips_neck else "neck", stitch.route[-1].anchor, own=own))
 
 
@@ -805,35 +708,18 @@ _REPAIR = (
 )
 
 
-def _counterpart(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The submodule of a model that stands where its config has `module`, if its weights can be taken over exactly."""
-    try:
-        found: Any = model.get_submodule(name)
-    except AttributeError:
-        found = None
-    source = getattr(found, "_orig_mod", found)  # of a block that was compiled on its own
-    if isinstance(module, nn.Identity):
-        return source  # of which the stitch needs nothing
-    needed, there = (
-        {key: tuple(x.shape) for key, x in [*owner._parameters.items(), *owner._buffers.items()] if x is not None}
-        for owner in (module, source or nn.Identity())
-    )
-    # Buffers that are not saved are made anew, of another shape at times; training on many devices synchronises norms.
-    differ = any(there.get(key) != needed[key] for key in module.state_dict() if key in needed)
-    synchronised = isinstance(source, nn.SyncBatchNorm) and type(module) is nn.BatchNorm2d
-    if differ or not (type(source) is type(module) or synchronised):
-        raise ValueError(
-            f"{name} cannot be taken over exactly: the config has a {type(module).__name__} there, the model a "
-            f"{type(source).__name__}, with {needed} and {there}. {_REPAIR}"
-        )
-    if any(tensor.is_meta for tensor in source.parameters(recurse=False)):
-        raise ValueError(f"the weights of {name} are offloaded; load it alone: from_pretrained(..., stitch_id=)")
-    return source
+def _without_values(model_class: Any, config: StitchableConfig) -> Any:
+    """The model of a config, on the meta device."""
+    with torch.device("meta"):
+        return model_class(config)
 
 
-def _is_code_of(known: type, path: str | None) -> bool:
-    try:
-        own = Path(inspect.getfile(known)).read_text(encoding="utf-8")
-    except (OSError, TypeError):  # of a notebook, which no file can equal
-        return True
-    return path is not None and Path(path).read_text(encoding="utf-8").split() == own.split()
+def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(x, "shape", ())) for name, x in weights.items()}
+
+
+def _content(module: nn.Module) -> dict[str, Any]:
+    """What a module itself is: its class, and the shapes of the weights that a checkpoint has of it."""
+    kind = "BatchNorm2d" if isinstance(module, nn.SyncBatchNorm) else type(module).__name__  # of several devices
+    shapes = {key: shape for key, shape in _shapes(module.state_dict()).items() if "." not in key}
+    return {"class": kind, **shapes}

@@ -52,16 +52,12 @@ def _embed(embed: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return tokens.unflatten(1, grid)
 
 
-def _call_pvt(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
-    if isinstance(part, OverlapPatchEmbed):
-        return part(_to_contiguous_nchw(x))
-    return _on_tokens_of_nhwc(part, x, *([] if isinstance(part, nn.LayerNorm) else [x.shape[1:3]]))
-
-
-def _call_twins(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
+def _call_with_grid(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
     if isinstance(part, PatchEmbed):
         return _embed(part, _to_contiguous_nchw(x))
-    return _on_tokens_of_nhwc(part, x, *([] if isinstance(part, nn.Dropout) else [x.shape[1:3]]))
+    if isinstance(part, OverlapPatchEmbed):
+        return part(_to_contiguous_nchw(x))
+    return _on_tokens_of_nhwc(part, x, *([] if isinstance(part, nn.LayerNorm | nn.Dropout) else [x.shape[1:3]]))
 
 
 def _call_metaformer(model: TimmModel, part: nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -152,8 +148,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "call_on_tokens": lambda model, part, index, x, *context: _on_tokens_of_nhwc(part, x, *context),
     "call_with_own_rope": lambda model, part, index, x, rope: part(x, rope[index]),
     "call_xcit": lambda model, part, index, x: _on_tokens_of_nhwc(part, x, *x.shape[1:3]),
-    "call_pvt": _call_pvt,
-    "call_twins": _call_twins,
+    "call_pvt": _call_with_grid,
+    "call_twins": _call_with_grid,
     "call_tiny_vit": lambda model, part, index, x: (
         part(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if isinstance(part, TinyVitBlock) else part(x)
     ),
@@ -177,16 +173,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def find_function(name: str, model_class: type) -> Callable[..., Any]:
-    """A function of this table, or of the file of a class that is none of timm's.
-
-    Raises:
-        ValueError: neither has it.
-    """
+    """A function of this table, or of the file of a class that is none of timm's; a ValueError if neither has it."""
     file = model_class.__module__
-    function = OPERATIONS.get(name) or getattr(sys.modules.get(file), name, None)
+    function: Any = OPERATIONS.get(name) or getattr(sys.modules.get(file), name, None)
     if name in OPERATIONS or (not file.startswith("timm.") and getattr(function, "__module__", None) == file):
-        return function  # type: ignore[return-value]
-    raise ValueError(
-        f"the chain of an anchor names a function {name!r} that is not in operations.py nor in the file of "
-        f"{model_class.__name__}"
-    )
+        return function
+    places = f"operations.py nor in the file of {model_class.__name__}"
+    raise ValueError(f"the chain of an anchor names a function {name!r} that is not in {places}")

@@ -5,16 +5,15 @@ are seen through views: modules that share all but the norms with those of the a
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .chain import Chain
-from .operations import FUNCTION
-from .routes import Segment, Stitch
+from .chain import NECK, Chain
+from .routes import Stitch
 
 
 class Update(nn.Module):
@@ -22,10 +21,8 @@ class Update(nn.Module):
 
     Low-rank layers of a stitch's own are those of SN-Netv2 (https://arxiv.org/abs/2307.00154).
 
-    Attributes:
-        bias: b (out_channels,).
-        down: A (rank, in_channels); where B and A would be no smaller than their product, that, and no `up`.
-        up: B (out_channels, rank).
+    The bias is b (out_channels,), `down` A (rank, in_channels) and `up` B (out_channels, rank); where these would be no
+    smaller than their product, `down` is that, and `up` None.
     """
 
     def __init__(self, in_channels: int, out_channels: int, rank: int, **where: Any) -> None:
@@ -47,11 +44,9 @@ class Update(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (..., in_channels) to what is added to the layer's (..., out_channels)."""
-        return (
-            F.linear(x, self.down, self.bias)
-            if self.up is None
-            else F.linear(F.linear(x, self.down), self.up, self.bias)
-        )
+        if self.up is None:
+            return F.linear(x, self.down, self.bias)
+        return F.linear(F.linear(x, self.down), self.up, self.bias)
 
     def merge(self, linear: nn.Linear) -> None:
         """Add it to the weight and bias of a layer in place."""
@@ -60,108 +55,85 @@ class Update(nn.Module):
 
 
 class OwnParts(nn.Module):
-    """What a stitch has of its own.
+    """What a stitch has of its own: norms, by anchor and name ("1-blocks-7-norm1"), and `Update`s by layer ("0-1-6").
 
-    Attributes:
-        norms: by anchor and name, such as "1-blocks-7-norm1".
-        layers: `Update`s by the stitching layer, such as "0-1-6".
-        places: for the name of each of these norms in the model the name in `norms`.
+    For the name that each of these norms has in the model, `places` has the name in `norms`.
     """
 
     def __init__(self, stitch: Stitch, rank: int, chains: Mapping[int, Chain], anchors: Any, layers: Any) -> None:
         super().__init__()
-        behind = [name for segment in stitch.route[1:] for name in _norms(segment, chains, anchors)]
-        last = stitch.route[-1].anchor
-        neck = () if stitch.skips_neck else chains[last].neck
-        behind += [f"anchors.{last}.{name}" for name in _norms_of(neck, anchors[last])]
-        twice = sorted(set(behind) & set(_norms(stitch.route[0], chains, anchors)))
-        if twice:
-            raise ValueError(f"it cannot have norms of its own: {twice[0]} is run before and behind its first joint")
-        if not behind:
+        first, *behind = stitch.route
+        runs = [(segment.anchor, block) for segment in behind for block in range(segment.start, segment.stop)]
+        runs += [] if stitch.skips_neck else [(behind[-1].anchor, NECK)]
+        self.norms, self.layers = nn.ModuleDict(), nn.ModuleDict()
+        self.places: dict[str, str] = {}
+        self.views: dict[tuple[int, int], View] = {}
+        for anchor, block in runs:
+            names = _norms_of(chains[anchor], block, anchors[anchor])
+            if names and anchor == first.anchor and first.start <= block < first.stop:
+                twice = f"anchors.{anchor}.{names[0]} is run before and behind its first joint"
+                raise ValueError(f"it cannot have norms of its own: {twice}")
+            keys = {name: f"{anchor}-{name.replace('.', '-')}" for name in names}
+            self.norms.update({key: copy.deepcopy(anchors[anchor].get_submodule(name)) for name, key in keys.items()})
+            self.places |= {f"anchors.{anchor}.{name}": key for name, key in keys.items()}
+            if keys:
+                self.views[anchor, block] = View(anchors[anchor], keys)
+        if not self.places:
             raise ValueError("there is no norm behind its first joint that could be its own; train it without `own`")
-        self.places = {name: "-".join(name.split(".")[1:]) for name in behind}
-        found: dict[str, Any] = {name: anchors.get_submodule(name.partition(".")[2]) for name in behind}
-        self.norms = nn.ModuleDict({key: copy.deepcopy(found[name]) for name, key in self.places.items()})
-        self.layers = nn.ModuleDict()
         for name in stitch.layers:
             shared = layers(name).linear
             where = {"device": shared.weight.device, "dtype": shared.weight.dtype}
             self.layers[name.replace(".", "-")] = Update(shared.in_features, shared.out_features, rank, **where)
 
+    def seen(self, anchor: int, block: int) -> Any:
+        """An anchor as one of its blocks, or its neck (-1), is run by this stitch; None if that is as it is."""
+        view = self.views.get((anchor, block))
+        return view and view.refreshed(self.norms)
+
 
 class View:
     """A module that shares everything with `source` but some submodules; it is registered nowhere.
 
-    What the source is later given or made (devices, weights, training mode, adapters) holds for the view too.
-
-    Args:
-        source: a module of an anchor.
-        names: of its submodules that are replaced, with their names in `OwnParts.norms`.
+    What the source is later given or made (devices, weights, training mode, adapters) holds for the view too. `names`
+    are those of its submodules that are replaced, with their names in `OwnParts.norms`.
     """
 
     def __init__(self, source: nn.Module, names: Mapping[str, str]) -> None:
         self.source, self.module = source, object.__new__(type(source))
-        self.children: dict[str, View | str] = {}
-        for child in dict.fromkeys(name.partition(".")[0] for name in names):
-            inner = {name.removeprefix(f"{child}."): key for name, key in names.items() if name.startswith(f"{child}.")}
-            self.children[child] = names[child] if child in names else View(source.get_submodule(child), inner)
+        self.norms = {name: key for name, key in names.items() if "." not in name}
+        inner: dict[str, dict[str, str]] = {}
+        for name, key in names.items():
+            child, _, rest = name.partition(".")
+            if rest:
+                inner.setdefault(child, {})[rest] = key
+        self.views = {child: View(source.get_submodule(child), rest) for child, rest in inner.items()}
 
     def refreshed(self, norms: Any) -> Any:
         """The module as its source is now, with these norms; threads that do so at the same time write the same."""
-        now = vars(self.source)
-        state, modules = dict(now), dict(now["_modules"])
-        for name, child in self.children.items():
-            if isinstance(child, View) and child.source is not modules[name]:
-                raise ValueError(
-                    f"{name} of a {type(self.source).__name__} was replaced, so a stitch with norms of its own cannot "
-                    "run it; extract the stitch first"
-                )
-            modules[name] = child.refreshed(norms) if isinstance(child, View) else norms[child]
-        state["_modules"] = modules
-        # Both are bound to the source, whose norms they would run; accelerate's brings in weights that are there.
+        state = dict(vars(self.source))
+        modules = state["_modules"] = dict(state["_modules"])
+        replaced = [name for name, view in self.views.items() if view.source is not modules[name]]
+        # What is bound to the source would run its norms; but accelerate's brings in weights, which are there.
         state.pop("_compiled_call_impl", None)
         if state.pop("forward", None) is not None and "_hf_hook" not in state:
-            raise ValueError(
-                f"the forward of a {type(self.source).__name__} was replaced, so a stitch with norms of its own cannot "
-                "run it; extract the stitch first"
-            )
+            replaced.append("the forward")
+        if replaced:
+            what = f"{replaced[0]} of a {type(self.source).__name__} was replaced"
+            raise ValueError(f"{what}, so a stitch with norms of its own cannot run it; extract the stitch first")
+        modules |= {name: view.refreshed(norms) for name, view in self.views.items()}
+        modules |= {name: norms[key] for name, key in self.norms.items()}
         vars(self.module).update(state)
         return self.module
 
 
-def views_of(parts: OwnParts, stitch: Stitch, chains: Mapping[int, Chain], anchors: Any) -> dict[tuple[int, int], View]:
-    """For each block behind the first joint, by anchor and number, and the neck (-1), the anchor as it is seen."""
-    views = {}
-    for segment in stitch.route[1:]:
-        anchor, chain = anchors[segment.anchor], chains[segment.anchor]
-        for block in (*range(segment.start, segment.stop), -1):
-            names = _norms_of(chain.neck if block < 0 else chain.blocks[block], anchor)
-            own = {name: parts.places.get(f"anchors.{segment.anchor}.{name}") for name in names}
-            views[segment.anchor, block] = View(anchor, {name: key for name, key in own.items() if key})
-    return views
-
-
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation with parameters or statistics, of PyTorch, timm or a class of one's own."""
-    has_own = any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
-    nested = any(True for child in module.children() for _ in child.parameters())
-    return "norm" in type(module).__name__.lower() and has_own and not nested
+    of_itself = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    nested = len([*module.parameters()]) > len([*module.parameters(recurse=False)])
+    return "norm" in type(module).__name__.lower() and bool(of_itself) and not nested
 
 
-def _norms(segment: Segment, chains: Mapping[int, Chain], anchors: Any) -> Iterator[str]:
-    for block in range(segment.start, segment.stop):
-        for name in _norms_of(chains[segment.anchor].blocks[block], anchors[segment.anchor]):
-            yield f"anchors.{segment.anchor}.{name}"
-
-
-def _norms_of(operations: tuple[str, ...], anchor: nn.Module) -> list[str]:
-    found = {}
-    for operation in (name for name in operations if not name.startswith(FUNCTION)):
-        try:
-            part = anchor.get_submodule(operation)
-        except AttributeError:  # a method or a parameter
-            continue
-        for name, module in part.named_modules(prefix=operation):
-            if is_norm(module):
-                found[name] = module
-    return list(found)
+def _norms_of(chain: Chain, block: int, anchor: nn.Module) -> list[str]:
+    parts = chain.modules_of(anchor, chain.operations_of(block))
+    named = (found for name, part in parts.items() for found in part.named_modules(prefix=name))
+    return list(dict.fromkeys(name for name, module in named if is_norm(module)))

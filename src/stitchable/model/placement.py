@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from .chain import Chain
 
 _LOCK = threading.RLock()  # two threads would take the weights from each other
+_NOTHING = nullcontext()
 _PLACED = re.compile(r"|anchors(\.\d+)?|(stitching_layers|own)(\..+)?")
 
 
@@ -54,15 +55,15 @@ def brought_in(model: nn.Module, anchor: nn.Module, chain: Chain, block: int) ->
     embeddings).
     """
     placed = "_hf_hook" in model.__dict__ or "_hf_hook" in anchor.__dict__
-    return _brought_in(chain.modules_for(anchor, block)) if placed else _NOTHING
-
-
-_NOTHING = nullcontext()
+    return _brought_in(anchor, chain, block) if placed else _NOTHING
 
 
 @contextmanager
-def _brought_in(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _brought_in(anchor: nn.Module, chain: Chain, block: int) -> Iterator[None]:
     with _LOCK:
+        parts = chain.modules_of(anchor, chain.blocks[block] if block >= 0 else None)
+        inside = {module for part in parts.values() for module in part.modules()}
+        modules = [anchor, *inside] if block >= 0 else [module for module in anchor.modules() if module not in inside]
         held = [(hook, module) for module in modules for hook in _hooks(module) if getattr(hook, "offload", False)]
         if held and torch.is_grad_enabled() and any(module.training for _, module in held):
             raise ValueError("offloaded weights get no gradients, so such a model cannot be trained; call model.eval()")
@@ -83,12 +84,8 @@ def _hooks(module: nn.Module) -> Sequence[Any]:
 
 
 def check_device_map(device_map: Mapping[str, Any]) -> None:
-    """Refuse with a ValueError to place parts of an anchor apart.
-
-    A stitch enters an anchor at any block, with what the whole anchor shares (positions, prefix tokens, context).
-    """
+    """Refuse with a ValueError to place parts of an anchor apart, since a stitch enters it at any block."""
     wrong = [name for name in device_map if not _PLACED.fullmatch(name)]
     if wrong:
-        raise ValueError(
-            f"the device map places {wrong[0]!r}; it can place whole anchors ('anchors.0') and stitching_layers"
-        )
+        allowed = "it can place whole anchors ('anchors.0') and stitching_layers"
+        raise ValueError(f"the device map places {wrong[0]!r}; {allowed}")

@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple
 from .schema import read, write
 
 _FIGURES = ("flops", "params", "latency_ms", "memory_mb")
-_ARCHITECTURE = re.compile(r"[\w.-]+")
-_LAYER_NAME = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*)\.(0|[1-9]\d*)")
+_LAYER_NAME = re.compile(r"((0|[1-9]\d*)-(0|[1-9]\d*))\.(0|[1-9]\d*)")
 
 
 class Segment(NamedTuple):
@@ -29,11 +28,13 @@ class Segment(NamedTuple):
 
 
 class Joint(NamedTuple):
-    """A stitching layer between two segments: from cut `front.stop` of one anchor to cut `back.start` of another."""
+    """The stitching layer `layer`, from cut `stop` of anchor `front` to cut `start` of anchor `back`."""
 
+    front: int
+    stop: int
+    back: int
+    start: int
     layer: str
-    front: Segment
-    back: Segment
 
 
 class Cut(NamedTuple):
@@ -46,22 +47,15 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class AnchorShape:
-    """An anchor as the space and the stitching layers see it.
+    """An anchor as the space and the stitching layers see it."""
 
-    Attributes:
-        stages: number of blocks of each stage; a plain transformer has one stage.
-        cuts: what flows at cut 0..L, so one more than there are blocks.
-        layout: of the features between blocks: batch N, channels C, grid height H and width W, tokens L (prefix tokens,
-            then the grid row by row; of "UNITS" in the order of Hiera's mask units).
-        prefix_tokens: tokens before the grid (class, distillation, register tokens); 0 unless the layout is NLC.
-        prefix_names: what each of them is, such as "cls_token"; empty where it is not known.
-    """
-
-    stages: tuple[int, ...]
-    cuts: tuple[Cut, ...]
+    stages: tuple[int, ...]  # number of blocks of each; a plain transformer has one stage
+    cuts: tuple[Cut, ...]  # what flows at cut 0..L, so one more than there are blocks
+    # Of the features between blocks: batch N, channels C, grid height H and width W, tokens L (prefix tokens, then the
+    # grid row by row; of "UNITS" in the order of Hiera's mask units).
     layout: Literal["NCHW", "NHWC", "NLC", "UNITS"]
-    prefix_tokens: int = 0
-    prefix_names: tuple[str, ...] = ()
+    prefix_tokens: int = 0  # before the grid: class, distillation, register tokens; 0 unless the layout is NLC
+    prefix_names: tuple[str, ...] = ()  # what each of them is, such as "cls_token"; empty where it is not known
 
     def __post_init__(self) -> None:
         """Refuse what fits together nowhere."""
@@ -75,10 +69,6 @@ class AnchorShape:
     def depth(self) -> int:
         """Number of blocks."""
         return sum(self.stages)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types only, the form it has in `config.json`."""
-        return {"depth": self.depth, **write(self)}
 
 
 def carried_tokens(source: AnchorShape, target: AnchorShape) -> tuple[int | None, ...]:
@@ -160,9 +150,9 @@ class Stitch:
                 object.__setattr__(self, name, None)
             elif figure is not None and figure < 0:
                 raise ValueError(f"{name} of stitch {self.id} is below 0: {figure!r}")
-        if self.own and len(self.route) < 2:
-            raise ValueError(f"stitch {self.id} is an anchor, without a joint behind which anything could be its own")
         object.__setattr__(self, "metrics", {name: x for name, x in self.metrics.items() if math.isfinite(x)})
+        if self.own and self.is_anchor:
+            raise ValueError(f"stitch {self.id} is an anchor, without a joint behind which anything could be its own")
 
     @property
     def mean_flops(self) -> float | None:
@@ -178,8 +168,9 @@ class Stitch:
 
     @property
     def joints(self) -> list[Joint]:
-        """Each stitching layer with the segments it joins, front to back."""
-        return [Joint(*joint) for joint in zip(self.layers, self.route, self.route[1:], strict=False)]
+        """Front to back."""
+        pairs = zip(self.layers, self.route, self.route[1:], strict=False)
+        return [Joint(front.anchor, front.stop, back.anchor, back.start, layer) for layer, front, back in pairs]
 
     def __repr__(self) -> str:
         """Only what is known."""
@@ -197,67 +188,43 @@ class Stitch:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a cascade.
+    """A stage of a cascade."""
 
-    Attributes:
-        stitch: the id of the stitch that it runs.
-        flops: what it adds per image that gets so far: its stitch's without the beginning shared with an earlier stage.
-        score: what is compared with the threshold, of softmax(logits / temperature): its largest value, or its lead.
-        threshold: an image goes on to the next stage while its score is below; None of the last.
-        temperature: of its logits.
-        combine: what answers where this stage is the last to run: its logits, or the "mean" of logits / temperature
-            over all stages that ran.
-        reached: the part of the images that get so far, where the thresholds were chosen.
-    """
-
-    stitch: int
-    flops: float
+    stitch: int  # its id
+    flops: float  # added per image that gets so far: without the beginning shared with an earlier stage
+    # What is compared with the threshold, of softmax(logits / temperature): its largest value, or its lead.
     score: Literal["max_probability", "margin"] | None = None
-    threshold: float | None = None
+    threshold: float | None = None  # an image goes on to the next stage while its score is below; None of the last
     temperature: float = 1.0
+    # What answers where this stage is the last to run: its logits, or the mean of logits / temperature over all stages.
     combine: Literal["last", "mean"] = "last"
-    reached: float = 1.0
+    reached: float = 1.0  # the part of the images that get so far, where the thresholds were chosen
 
     def __post_init__(self) -> None:
         """Refuse what no image could meet."""
         if (self.score is None) != (self.threshold is None) or not 0 <= (self.threshold or 0) <= 1:
             raise ValueError(f"a threshold is a number from 0 to 1 of a score, got {self.threshold} of {self.score}")
         if not (0 < self.temperature < math.inf and 0 <= self.flops < math.inf and 0 <= self.reached <= 1):
-            raise ValueError(
-                f"temperature and flops must be finite and above 0, reached from 0 to 1: "
-                f"{self.temperature}, {self.flops}, {self.reached}"
-            )
+            found = f"{self.temperature}, {self.flops}, {self.reached}"
+            raise ValueError(f"temperature and flops must be finite and above 0, reached from 0 to 1: {found}")
 
 
 @dataclass(frozen=True)
 class Cascade:
-    """Stitches of growing cost, of which each image runs as many as it needs.
+    """Stitches of growing cost, of which each image runs as many as it needs."""
 
-    Attributes:
-        id: the number by which it is chosen.
-        stages: cheapest first.
-        flops: mean FLOPs per image, where its thresholds were chosen.
-        max_flops: those of an image that goes through all stages.
-        metrics: measured figures, such as {"accuracy": 0.97}, and the "gain" over the best stitch of the same cost.
-        interval: the 95 % interval of this gain.
-        images: how many images decided.
-        dataset: which.
-        split: of the data set.
-        latency_ms: predicted milliseconds per call, on average.
-        latency_p95_ms: those that 95 % of the calls with one image stay within.
-    """
-
-    id: int
-    stages: tuple[Stage, ...]
-    flops: float
-    max_flops: float
+    id: int  # the number by which it is chosen
+    stages: tuple[Stage, ...]  # cheapest first
+    flops: float  # mean per image, where its thresholds were chosen
+    max_flops: float  # of an image that goes through all stages
+    # Measured, such as {"accuracy": 0.97}, and the "gain" over the best stitch of the same cost.
     metrics: Mapping[str, float] = field(default_factory=dict)
-    interval: tuple[float, float] | None = None
-    images: int | None = None
+    interval: tuple[float, float] | None = None  # of this gain, 95 %
+    images: int | None = None  # how many decided, of the split of the data set
     dataset: str = ""
     split: str = ""
-    latency_ms: float | None = None
-    latency_p95_ms: float | None = None
+    latency_ms: float | None = None  # predicted, of a call on average
+    latency_p95_ms: float | None = None  # what 95 % of the calls with one image stay within
 
     def __post_init__(self) -> None:
         """Refuse stages that are no cascade."""
@@ -295,63 +262,42 @@ class Stitches(tuple[Stitch, ...]):
         return f"({len(self)} stitches\n{''.join(shown)})"
 
 
-def layer_name(front: int, back: int, index: int) -> str:
-    """The name of the index-th stitching layer from anchor `front` to anchor `back`."""
-    return f"{front}-{back}.{index}"
-
-
-def check_name(architecture: Any) -> None:
-    """Refuse with a ValueError what names no architecture, such as a path, an address or markup."""
-    if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):
-        raise ValueError(f"an architecture is named by letters, digits, '_', '-' and '.', got {architecture!r:.80}")
-
-
 def check_stitches(stitches: Sequence[Stitch], depths: Sequence[int]) -> None:
-    """Refuse stitches that do not fit anchors of these depths (in blocks).
-
-    Raises:
-        ValueError: no stitch, an id twice, or a route with an unknown anchor, a gap, an overlap, an empty segment, an
-            end that is not the anchor's, or a stitching layer that does not join its two anchors.
-    """
+    """Refuse stitches that do not fit anchors of these depths (in blocks); a ValueError names the stitch and why."""
     if not stitches:
         raise ValueError("stitches: the config has no stitch; a stitchable model needs at least one")
-    ids: set[int] = set()
+    ids = [stitch.id for stitch in stitches]
     for index, stitch in enumerate(stitches):
-        if stitch.id in ids:
-            raise ValueError(f"stitches[{index}]: id {stitch.id} occurs twice; ids must be unique")
-        ids.add(stitch.id)
-        problem = _problem_of_route(stitch, depths)
+        twice = f"id {stitch.id} occurs twice; ids must be unique" if ids.index(stitch.id) < index else None
+        problem = twice or _problem_of_route(stitch, depths)
         if problem:
             route = [list(segment) for segment in stitch.route]
             raise ValueError(f"stitches[{index}].route: stitch {stitch.id}, {route}: {problem}")
 
 
 def _problem_of_route(stitch: Stitch, depths: Sequence[int]) -> str | None:
-    route = stitch.route
-    if not route:
+    if not stitch.route:
         return "it has no segment"
-    for segment in route:
-        if not 0 <= segment.anchor < len(depths):
-            return f"anchor {segment.anchor} is out of range, there are {len(depths)} anchors (0..{len(depths) - 1})"
-        depth = depths[segment.anchor]
-        if not 0 <= segment.start < segment.stop <= depth:
-            return (
-                f"segment {list(segment)} is empty or out of range, anchor {segment.anchor} has blocks 0..{depth - 1}"
-            )
-    if route[0].start != 0:
-        return f"gap: the first segment must start at 0, not at {route[0].start}"
-    if route[-1].stop != depths[route[-1].anchor]:
-        return f"gap: the last segment must stop at {depths[route[-1].anchor]}, not at {route[-1].stop}"
-    for front, back in pairwise(route):
+    for anchor, start, stop in stitch.route:
+        if not 0 <= anchor < len(depths):
+            return f"anchor {anchor} is out of range, there are {len(depths)} anchors (0..{len(depths) - 1})"
+        if not 0 <= start < stop <= depths[anchor]:
+            blocks = f"anchor {anchor} has blocks 0..{depths[anchor] - 1}"
+            return f"segment {[anchor, start, stop]} is empty or out of range, {blocks}"
+    first, last = stitch.route[0], stitch.route[-1]
+    if first.start != 0 or last.stop != depths[last.anchor]:
+        ends = f"not at {first.start} and {last.stop}"
+        return f"gap: the first segment must start at 0 and the last one stop at {depths[last.anchor]}, {ends}"
+    for front, back in pairwise(stitch.route):
         if front.anchor == back.anchor:
-            kind = "gap" if back.start > front.stop else "overlap" if back.start < front.stop else "needless cut"
-            return f"{kind} between {list(front)} and {list(back)}: segments of one anchor must be one segment"
-    if len(stitch.layers) != len(route) - 1:
-        return f"{len(route)} segments need {len(route) - 1} stitching layers, it names {list(stitch.layers)}"
-    for name, front, back in stitch.joints:
-        match = _LAYER_NAME.fullmatch(name)
-        if match is None or (int(match[1]), int(match[2])) != (front.anchor, back.anchor):
-            return f"unknown stitching layer {name!r}, it must be like {layer_name(front.anchor, back.anchor, 0)!r}"
+            return f"{list(front)} and {list(back)} are of one anchor, so they must be one segment"
+    number = len(stitch.route)
+    if len(stitch.layers) != number - 1:
+        return f"{number} segments need {number - 1} stitching layers, it names {list(stitch.layers)}"
+    for joint in stitch.joints:
+        pair, match = f"{joint.front}-{joint.back}", _LAYER_NAME.fullmatch(joint.layer)
+        if match is None or match[1] != pair:
+            return f"unknown stitching layer {joint.layer!r}, it must be like '{pair}.0'"
     return None
 
 
@@ -366,11 +312,7 @@ def check_cascades(cascades: Sequence[Cascade], stitches: Sequence[Stitch], left
 
 
 def find_stitch(stitches: Sequence[Stitch], stitch_id: Any, left_out: Collection[int] = ()) -> Stitch:
-    """The stitch with this id.
-
-    Raises:
-        ValueError: not an integer, or no such stitch (names the nearest); says so where the checkpoint has it.
-    """
+    """The stitch with this id; a ValueError names the nearest, or says that the checkpoint has it (`left_out`)."""
     wanted = check_integer(stitch_id, "stitch_id")
     for stitch in stitches:
         if stitch.id == wanted:
@@ -386,16 +328,13 @@ def find_stitch(stitches: Sequence[Stitch], stitch_id: Any, left_out: Collection
 
 def find_cascade(cascades: Sequence[Cascade], cascade_id: Any, stitches: Sequence[Stitch]) -> Cascade:
     """The cascade with this id; a ValueError where there is none, or it runs others than these stitches."""
-    wanted = check_integer(cascade_id, "cascade")
-    found = next((cascade for cascade in cascades if cascade.id == wanted), None)
-    if found is None:
-        raise ValueError(
-            f"there is no cascade {wanted} (cascade_id); this model has {[x.id for x in cascades] or 'none'}"
-        )
-    missing = found.stitch_ids - {stitch.id for stitch in stitches}
+    wanted, known = check_integer(cascade_id, "cascade"), {cascade.id: cascade for cascade in cascades}
+    if wanted not in known:
+        raise ValueError(f"there is no cascade {wanted} (cascade_id); this model has {list(known) or 'none'}")
+    missing = known[wanted].stitch_ids - {stitch.id for stitch in stitches}
     if missing:
         raise ValueError(f"cascade {wanted} runs stitches {sorted(missing)}, left out here; load with cascade={wanted}")
-    return found
+    return known[wanted]
 
 
 def measured_by(choices: Sequence[Choice]) -> str:
@@ -405,12 +344,10 @@ def measured_by(choices: Sequence[Choice]) -> str:
 
 
 def best_within(choices: Sequence[Choice], *, metric: str | None = None, **bounds: float | None) -> Choice:
-    """The choice with the highest `metric` within every bound; of equals, and where none is measured, see below.
+    """The choice with the highest `metric` within every bound; where none of them was measured, the largest mean FLOPs.
 
-    Of equals the one with fewer mean FLOPs; where none within the bounds was measured, that with the most.
-
-    Raises:
-        ValueError: as `within`, or a metric that nothing has although others were measured, or that falls.
+    Of equals it is the one with fewer mean FLOPs. A ValueError is that of `within`, or of a metric that nothing has
+    although others were measured, or that falls.
     """
     metric = metric or measured_by(choices)
     if metric == "loss":
@@ -426,30 +363,26 @@ def best_within(choices: Sequence[Choice], *, metric: str | None = None, **bound
 
 
 def within(choices: Sequence[Choice], **bounds: float | None) -> list[Choice]:
-    """The stitches and cascades within every bound that is given.
+    """The stitches and cascades within every bound that is given, named as those of `find` of a model.
 
-    Args:
-        choices: stitches and cascades.
-        bounds: `flops` (multiply-adds plus normalisation terms of every image), `mean_flops` (on average), `params`,
-            and where they are calibrated `latency_ms` (milliseconds per call) and `memory_mb` (10^6 bytes at the peak).
-
-    Raises:
-        ValueError: no bound, a bound that is no positive number or on something that nothing carries, or nothing within
-            the bounds (names the cheapest).
+    A ValueError refuses no bound, one that is no positive number or on something that nothing carries, or nothing
+    within them (names the cheapest).
     """
+    known = ("mean_flops", *_FIGURES)
+    for name in sorted(set(bounds) - set(known)):
+        raise TypeError(f"there is no budget {name!r}; there are {', '.join(known)}")
     given = {name: _check_bound(bound, name) for name, bound in bounds.items() if bound is not None}
     if not given:
-        raise ValueError(f"a budget needs at least one of mean_flops, {', '.join(_FIGURES)}")
-    for name in given:
-        if all(_cost(choice, name) == math.inf for choice in choices):
+        raise ValueError(f"a budget needs at least one of {', '.join(known)}")
+    cheapest = {name: min(choices, key=lambda choice: _cost(choice, name)) for name in given}
+    for name, choice in cheapest.items():
+        if _cost(choice, name) == math.inf:
             hint = "; stitchable.calibrate(model) predicts it for this device" if name in _FIGURES[2:] else ""
             raise ValueError(f"no stitch of this model carries {name}, so it cannot be a budget{hint}")
     affordable = [x for x in choices if all(_cost(x, name) <= bound for name, bound in given.items())]
     if not affordable:
-        cheapest = {name: min(choices, key=lambda choice: _cost(choice, name)) for name in given}
-        found = "; ".join(
-            f"by {name} {type(x).__name__.lower()} {x.id} ({name} {_cost(x, name):g})" for name, x in cheapest.items()
-        )
+        kinds = {name: f"{type(x).__name__.lower()} {x.id}" for name, x in cheapest.items()}
+        found = "; ".join(f"by {name} {kinds[name]} ({name} {_cost(x, name):g})" for name, x in cheapest.items())
         asked = ", ".join(f"{name} <= {bound:g}" for name, bound in given.items())
         raise ValueError(f"no stitch is within {asked}; the cheapest is, {found}")
     return affordable
@@ -464,8 +397,8 @@ def _check_bound(bound: Any, name: str) -> float:
     try:
         number = float(bound)
     except (TypeError, ValueError):
-        raise ValueError(f"the budget {name} must be a number, got {bound!r}") from None
-    if math.isnan(number) or number <= 0:
+        number = math.nan
+    if not number > 0:
         raise ValueError(f"the budget {name} must be a positive number, got {bound!r}")
     return number
 
@@ -473,21 +406,17 @@ def _check_bound(bound: Any, name: str) -> float:
 def restrict(
     stitches: Sequence[Stitch], default: int | None, stitch_id: int | None, max_flops: float | None
 ) -> tuple[list[Stitch], int | None]:
-    """The stitches to keep of a checkpoint of which a part is loaded, and the default among them.
-
-    Raises:
-        ValueError: no stitch has this id, or none is within these FLOPs.
-    """
+    """The stitches to keep of a checkpoint of which a part is loaded, and the default among them; else a ValueError."""
     if stitch_id is not None:
         default = find_stitch(stitches, stitch_id).id
-        if max_flops is None:
-            return [find_stitch(stitches, stitch_id)], default
+    if max_flops is None:
+        return [stitch for stitch in stitches if stitch.id == default], default
     kept: Any = within(stitches, flops=max_flops)
-    if any(stitch.id == default for stitch in kept):
-        return kept, default
-    if stitch_id is not None:
-        raise ValueError(f"stitch_id {stitch_id} is beyond max_flops {max_flops:g}; give one of them")
-    return kept, best_within(stitches, flops=max_flops).id
+    if all(stitch.id != default for stitch in kept):
+        if stitch_id is not None:
+            raise ValueError(f"stitch_id {stitch_id} is beyond max_flops {max_flops:g}; give one of them")
+        default = best_within(stitches, flops=max_flops).id
+    return kept, default
 
 
 def check_integer(value: Any, name: str) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.*.safetensors", "m
 """Patterns of the files of weights, of any variant."""
 
 _ANCHOR = re.compile(r"anchors\.(\d+)\.")
+_PARTS = r"(anchor-\d+|stitching-layers|own)"
 _OLD_LAYER = re.compile(r"stitching_layers\.[^.]+\.\d+\.(weight|bias)")  # when they were Linears themselves
 
 
@@ -37,65 +39,42 @@ def writing(
     """Write the weights beside the files of a folder, which they replace when what is done meanwhile has succeeded.
 
     There is a file per anchor, one for the stitching layers, one for what stitches have of their own, and their index;
-    weights of a single part are one file.
-
-    Args:
-        folder: made where it does not exist.
-        weights: by name.
-        variant: of `save_pretrained`.
-        load: what loads a weight by name that is offloaded.
+    weights of a single part are one file. A weight that is offloaded is got by `load` from its name.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     whole, index = (_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     weight_map = {name: _with_variant(_shard_of(name), variant) for name in weights}
     if len(set(weight_map.values())) == 1:
         weight_map = dict.fromkeys(weights, whole)
-    finished: dict[Path, str] = {}
-    try:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
         for shard in sorted(set(weight_map.values())):
-            finished[folder / f"{shard}.unfinished"] = shard
             tensors = {name: load(name) if x.is_meta else x for name, x in weights.items() if weight_map[name] == shard}
             content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(content, folder / f"{shard}.unfinished", metadata={"format": "pt"})
-        if len(finished) > 1:
-            finished[folder / f"{index}.unfinished"] = index
+            save_file(content, Path(scratch) / shard, metadata={"format": "pt"})
+        if whole not in weight_map.values():
             total = {"total_size": sum(tensor.nbytes for tensor in weights.values())}
             text = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2)
-            (folder / f"{index}.unfinished").write_text(text + "\n", encoding="utf-8")
+            (Path(scratch) / index).write_text(text + "\n", encoding="utf-8")
         yield
-        ours = re.compile(
-            re.escape(_with_variant("model-X.safetensors", variant)).replace("X", r"(anchor-\d+|stitching-layers|own)")
-        )
-        for path in [*folder.iterdir(), folder / whole, folder / index]:
-            if (path.name in (whole, index) or ours.fullmatch(path.name)) and path.name not in finished.values():
-                path.unlink(missing_ok=True)  # a file of the whole model would win over an index
-        for path, name in finished.items():
-            path.replace(folder / name)
-    finally:
-        for path in finished:
-            path.unlink(missing_ok=True)
+        ours = _with_variant("model-X.safetensors", variant).replace(".", r"\.").replace("X", _PARTS)
+        for path in folder.iterdir():
+            if path.name in (whole, index) or re.fullmatch(ours, path.name):
+                path.unlink()  # a file of the whole model would win over an index
+        for path in Path(scratch).iterdir():
+            path.replace(folder / path.name)
 
 
 def find_shards(source: str | os.PathLike, is_needed: Callable[[str], bool], **hub: Any) -> dict[str, list[str]]:
-    """The files of a checkpoint that hold the weights that are needed, downloaded if it is on the Hub.
+    """The files of a checkpoint, downloaded if it is on the Hub, with the names of the weights that are needed of each.
 
-    Args:
-        source: a folder, or the id of a repository on the Hub.
-        is_needed: whether a weight of this name is needed.
-        hub: `variant`, and where to look: `cache_dir`, `revision`, `token` and so on.
-
-    Returns:
-        Path of each file -> the names that are needed of it.
-
-    Raises:
-        OSError: no safetensors, a file that the index names is not there, or one that is no complete safetensors file.
-        ValueError: an index that is none, or a checkpoint that holds none of the weights.
+    `hub` is the `variant`, and where to look (`cache_dir`, `revision`, `token` and so on). An OSError names a file that
+    is missing or incomplete; a ValueError refuses an index that is none, and a checkpoint with none of the weights.
     """
     variant = hub.pop("variant", None)
     names = [_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
-    whole = cached_file(source, names[0], _raise_exceptions_for_missing_entries=False, **hub)
-    index = None if whole else cached_file(source, names[1], _raise_exceptions_for_missing_entries=False, **hub)
+    whole = _cached(source, names[0], **hub)
+    index = None if whole else _cached(source, names[1], **hub)
     if whole is None and index is None:
         lacking = f"{source} has no file named {names[0]} or {names[1]}"
         raise OSError(f"{lacking}; other weights are not read: convert them to safetensors")
@@ -123,18 +102,17 @@ def find_shards(source: str | os.PathLike, is_needed: Callable[[str], bool], **h
 def find_adapter(source: str | os.PathLike, **hub: Any) -> str | None:
     """The local folder of a checkpoint in which an adapter of PEFT lies beside the weights; None where there is none.
 
-    Raises:
-        OSError: the configuration of an adapter without its weights as safetensors.
-        ValueError: an adapter, but no PEFT, without which transformers would leave it out.
+    An adapter without its weights as safetensors is an OSError; one where PEFT is not installed a ValueError.
     """
-    files = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
-    config, weights = (cached_file(source, x, _raise_exceptions_for_missing_entries=False, **hub) for x in files)
+    config, weights = (_cached(source, name, **hub) for name in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME))
     if config is None:
         return None
+    fix = f"or remove {ADAPTER_CONFIG_NAME}"
     if weights is None:
-        raise OSError(f"{source} has {files[0]}, but no {files[1]}; save the adapter again, or remove {files[0]}")
+        found = f"{source} has {ADAPTER_CONFIG_NAME}, but no {ADAPTER_SAFE_WEIGHTS_NAME}"
+        raise OSError(f"{found}; save the adapter again, {fix}")
     if not is_peft_available():
-        raise ValueError(f"an adapter of PEFT lies in {source}; install peft, or remove {ADAPTER_CONFIG_NAME}")
+        raise ValueError(f"an adapter of PEFT lies in {source}; install peft, {fix}")
     return os.path.dirname(config)
 
 
@@ -145,6 +123,10 @@ def read_weights(files: Mapping[str, Collection[str]]) -> dict[str, torch.Tensor
         with safe_open(path, framework="pt") as weights:
             state_dict |= {name: weights.get_tensor(name) for name in names}
     return state_dict
+
+
+def _cached(source: str | os.PathLike, name: str, **hub: Any) -> str | None:
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
 
 
 def _shard_of(name: str) -> str:

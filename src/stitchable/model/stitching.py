@@ -42,10 +42,10 @@ class StitchingLayer(nn.Module):
     Prefix tokens that both sides have are mapped too; those that only the target has are its anchor's own. Where the
     grids differ, features are resized (bilinear), which commutes with the map, on the side where that costs less.
 
-    Attributes:
-        linear: the map: weight (out_channels, in_channels), bias (out_channels,), whatever the layouts. It is a plain
-            `nn.Linear` that sees channels last, so that what replaces Linears (LoRA, quantisation) can replace it. The
-            default initialisation is that of PyTorch's 1x1 convolution (Kaiming uniform).
+    The map is a plain `nn.Linear` that sees channels last whatever the layouts, so that what replaces Linears (LoRA,
+    quantisation) can replace it; its default initialisation is that of PyTorch's 1x1 convolution (Kaiming uniform).
+
+    Args:
         source: the front anchor's cut.
         target: the back anchor's cut.
         carried: for each prefix token of the target which one of the source becomes it, None for the target's own.
@@ -55,22 +55,14 @@ class StitchingLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(source.channels, target.channels)
         self.source, self.target, self.carried = source, target, tuple(carried)
+        self.arguments = source, target, self.carried  # layers of equal arguments do the same work
+        self.needs_own_prefix = None in self.carried
         self._maps_all = source.grid == target.grid and self.carried == tuple(range(source.prefix_tokens))
 
     @classmethod
     def between(cls, source: AnchorShape, stop: int, target: AnchorShape, start: int) -> "StitchingLayer":
         """The layer from cut `stop` of one anchor to cut `start` of another."""
         return cls(Side.of(source, stop), Side.of(target, start), carried_tokens(source, target))
-
-    @property
-    def needs_own_prefix(self) -> bool:
-        """Whether the target has prefix tokens that the source lacks."""
-        return None in self.carried
-
-    @property
-    def arguments(self) -> tuple[Side, Side, tuple[int | None, ...]]:
-        """What it was made with; layers of equal arguments do the same work."""
-        return self.source, self.target, self.carried
 
     def forward(
         self,
@@ -81,17 +73,16 @@ class StitchingLayer(nn.Module):
         """Features in the source's layout to features in the target's.
 
         Args:
-            features: as they flow through the front anchor's cut.
+            features: as they flow through the front anchor's cut; others are refused with a ValueError.
             own_prefix: the target's own prefix tokens (1, tokens, C); read only where the source lacks some.
             update: what a stitch adds to the map, given the same features, channels last.
-
-        Raises:
-            ValueError: features of another layout, or no prefix tokens where they are needed.
         """
         source, target = self.source, self.target
         channels = features.shape[1 if source.layout == "NCHW" else -1]
         if features.ndim != (3 if source.is_tokens else 4) or channels != source.channels:
             raise ValueError(f"by its layout the front anchor gives {source}, but its features are {features.shape}")
+        if own_prefix is None and self.needs_own_prefix:
+            raise ValueError("this stitching layer needs the back anchor's own prefix tokens")
 
         def linear(x: torch.Tensor) -> torch.Tensor:
             return self.linear(x) if update is None else self.linear(x) + update(x)
@@ -104,27 +95,12 @@ class StitchingLayer(nn.Module):
         x = resize(linear(x), target.grid)
         if not self.carried:
             return from_channels_last(x, target)
-        prefix: list[torch.Tensor] = []
-        for place, index in enumerate(self.carried):
-            if index is not None:
-                prefix.append(linear(features[:, index : index + 1]))
-            elif own_prefix is not None:
-                prefix.append(own_prefix[:, place : place + 1].expand(x.shape[0], -1, -1))
-            else:
-                raise ValueError("this stitching layer needs the back anchor's own prefix tokens")
+        own = () if own_prefix is None else own_prefix.expand(x.shape[0], -1, -1).split(1, dim=1)
+        prefix = [
+            own[place] if index is None else linear(features[:, index : index + 1])
+            for place, index in enumerate(self.carried)
+        ]
         return torch.cat([*prefix, x.flatten(1, 2)], dim=1)
-
-    def extra_repr(self) -> str:
-        """The layouts, for `print(model)`."""
-        return f"{self.source.layout} -> {self.target.layout}"
-
-
-def rows_of(features: torch.Tensor, side: Side, tokens: Sequence[int], grid: Grid) -> torch.Tensor:
-    """Features as rows (N * positions, channels): the prefix `tokens`, then the grid, resized to `grid`."""
-    if side.is_tokens and tuple(tokens) == tuple(range(side.prefix_tokens)) and grid == side.grid:
-        return features.flatten(0, -2)
-    x = resize(grid_of(features, side), grid).flatten(1, 2)
-    return torch.cat([features[:, list(tokens)], x], dim=1).flatten(0, -2) if tokens else x.flatten(0, -2)
 
 
 def to_channels_last(features: torch.Tensor, layout: str) -> torch.Tensor:

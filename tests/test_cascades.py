@@ -562,6 +562,6 @@ def test_two_mean_budgets_beside_the_stitches() -> None:
     ]
     assert beside_stitches(config).splitlines() == [  # type: ignore[arg-type]
         f"2.00 MFLOPs per image on average: {nothing}",
-        "4.00 MFLOPs per image on average: cascade 0 (0, where p < 0.9 → 1) takes 3.00 and has 90.00 %, the best stitch "
-        "of that cost 88.00 % (+2.00 points, +1.00 to +3.00)",
+        "4.00 MFLOPs per image on average: cascade 0 (0, where p < 0.9 → 1) takes 3.00 and has 90.00 %, the best "
+        "stitch of that cost 88.00 % (+2.00 points, +1.00 to +3.00)",
     ]

@@ -99,17 +99,7 @@ STUDIES = {
     "digits_defaults": Study(
         "training/recipes/digits.yaml",
         [],
-        {
-            "base": [],
-            "as-printed": AS_PRINTED,
-            "independent": ["sampling.order=independent"],
-            "eight-stitches": ["sampling.stitches_per_step=8"],
-            "one-stitch": ["sampling.stitches_per_step=1"],
-            "anchors-as-others": ["sampling.anchor_probability=null"],
-            "rate-2e-3": ["training.learning_rate=2e-3"],
-            "slow-to-fast": ["space.direction=slow_to_fast"],
-            "epochs-40": ["training.epochs=40"],
-        },
+        {"base": []},
         seeds=5,
     ),
     "cifar10": Study(

@@ -366,9 +366,9 @@ class _Run:
         if not recipe.evaluation.cascades:
             return
         measured = [stitch.id for stitch in self.model.stitches if "accuracy" in stitch.metrics]
-        facts = {"dataset": recipe.data.name, "split": recipe.data.test_split, "seed": recipe.seed}
+        loader, dataset, split = self._test_loader(shared=False), recipe.data.name, recipe.data.test_split
         try:
-            find_cascades(self.model, self._test_loader(shared=False), measured, **facts)
+            find_cascades(self.model, loader, measured, dataset=dataset, split=split, seed=recipe.seed)
         except ValueError as error:  # a stitch diverged, or only one was measured; the others are worth keeping
             logger.warning("no cascades were searched: %s", error)
 

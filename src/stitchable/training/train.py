@@ -358,18 +358,19 @@ class _Run:
 
     def find_cascades(self) -> None:
         """Find cascades of the measured stitches on the test images, where the recipe says so."""
-        recipe = self.recipe
-        seen = sample_images(
-            self.data.train, recipe.data, self.processor, min(NUM_STORED, self.num_images), recipe.seed
-        )
-        remember(self.model.config, seen)
+        recipe, number = self.recipe, max(1, min(NUM_STORED, self.num_images // 2))
+        seen = sample_images(self.data.train, recipe.data, self.processor, number, recipe.seed)
+        try:  # what fails here is not worth losing a trained model
+            remember(self.model.config, seen)
+        except ValueError as error:
+            logger.warning("images of the training will not be recognised as such: %s", error)
         if not recipe.evaluation.cascades:
             return
         measured = [stitch.id for stitch in self.model.stitches if "accuracy" in stitch.metrics]
         loader, dataset, split = self._test_loader(shared=False), recipe.data.name, recipe.data.test_split
         try:
             find_cascades(self.model, loader, measured, dataset=dataset, split=split, seed=recipe.seed)
-        except ValueError as error:  # a stitch diverged, or only one was measured; the others are worth keeping
+        except ValueError as error:  # a stitch diverged, or only one was measured
             logger.warning("no cascades were searched: %s", error)
 
     def publish(self) -> None:

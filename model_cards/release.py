@@ -126,7 +126,7 @@ RELEASES = {
         dataset="uoft-cs/cifar10",
         split="test",
         crop_pct=1.0,
-        license="bsd-3-clause",
+        license="bsd-2-clause",
         teaching=Teaching(steps=240, rank=64),
         batch_size=64,
         stages=(0, 1, 2),

@@ -64,6 +64,7 @@ from stitchable.training.tuning import in_batches  # noqa: E402
 Model = stitchable.StitchableForImageClassification
 
 FIT_ON, SCORE_ON, STATISTICS_ON = 500, 200, 500  # images
+FITTED = 2000  # images that measure the stitches after least squares alone, at most
 TOGETHER = 9  # stitches that are taught at a time, sharing the passes of their teacher
 EVALUATED = 100  # images of a batch that is measured
 
@@ -127,7 +128,7 @@ RELEASES = {
         split="test",
         crop_pct=1.0,
         license="bsd-2-clause",
-        teaching=Teaching(steps=240, rank=64),
+        teaching=Teaching(steps=200, rank=64),
         batch_size=64,
         stages=(0, 1, 2),
         named=True,
@@ -218,7 +219,7 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
         model = stitchable.select(model, pixel_values[:SCORE_ON].split(50), number=release.number)
     ids = [stitch.id for stitch in model.stitches if not stitch.is_anchor]
     say(f"{len(ids)} stitches of {len(model.config.anchors)} networks: {ids}")
-    fitted = accuracies(stitchable.evaluate(model, held_out, ids))
+    fitted = accuracies(stitchable.evaluate(model, held_out[: FITTED // EVALUATED], ids))
     say(f"least squares alone: {summary(fitted)}")
 
     unfinished = output.with_name(f"{output.name}-unfinished")
@@ -233,7 +234,7 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
         "two_fold": dict(zip(("stitches", "stitches_and_cascades"), map(in_percent, judged), strict=True)),
         "cascades": len(model.cascades),
         "teaching": {**asdict(release.teaching), "batch_size": release.batch_size, "seconds": round(seconds)},
-        "images": {"taught_on": len(train), "measured_on": len(test)},
+        "images": {"taught_on": len(train), "measured_on": len(test), "least_squares_on": min(FITTED, len(test))},
     }
     if release.number is not None:
         figures["below_the_line"] = below_the_line(model, held_out, ids)

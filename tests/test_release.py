@@ -106,7 +106,7 @@ def test_a_release_is_a_repository_and_its_card_without_the_weights(
         100 * sum(stitch.metrics["accuracy"] for stitch in taught) / len(taught), abs=0.01
     )
     assert [row["id"] for row in figures["stitches"]] == [stitch.id for stitch in taught]
-    assert figures["images"] == {"taught_on": 120, "measured_on": 80}
+    assert figures["images"] == {"taught_on": 120, "measured_on": 80, "least_squares_on": 80}
     assert report["command"]
     assert f"stitchable push {folder} USER/tiny" in capsys.readouterr().out
     assert not (folder.parent / "tiny-unfinished").exists()
@@ -233,7 +233,7 @@ def test_a_package_that_is_missing_or_another_is_named(release, packages, tmp_pa
 def test_the_demo_says_what_it_did(with_images, release, packages, tmp_path, monkeypatch, capsys) -> None:
     run_modules([str(ROOT / "examples" / "efficientnet_lite" / "demo.py")])
     demo = sys.modules["demo"]
-    arguments = ["--output", str(tmp_path / "imagenet"), "--image-size", "64", "--steps", "1"]
+    arguments = ["--output", str(tmp_path / "imagenet"), "--image-size", "96", "--steps", "1"]
     if with_images:
         rng = np.random.default_rng(0)
         (tmp_path / "photos").mkdir()

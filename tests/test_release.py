@@ -51,17 +51,22 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.fixture
-def tiny(release: ModuleType) -> Any:
-    """A release of two residual networks."""
-    networks = []
+def networks() -> list[dict[str, Any]]:
+    """Two residual networks."""
+    found = []
     for width in (4, 6):
         kwargs = {**KWARGS, "channels": [width, 2 * width, 2 * width, 2 * width]}
         module = randomise(timm.create_model("resnet18", num_classes=4, **kwargs), seed=width)
-        networks.append({"architecture": "resnet18", "kwargs": kwargs, "module": module.eval()})
+        found.append({"architecture": "resnet18", "kwargs": kwargs, "module": module.eval()})
+    return found
+
+
+@pytest.fixture
+def tiny(release: ModuleType) -> Any:
+    """A release of them."""
     like = release.RELEASES["cifar10_resnets"]
     teaching = Teaching(steps=3, rank=2)
-    return replace(like, name="tiny", anchors=lambda _: networks, teaching=teaching, batch_size=16, stages=None)
+    return replace(like, name="tiny", anchors=lambda _: networks(), teaching=teaching, batch_size=16, stages=None)
 
 
 def make(release: ModuleType, tiny: Any, data: Path, tmp_path: Path, monkeypatch: Any, **changed: Any) -> Path:
@@ -230,10 +235,11 @@ def test_a_package_that_is_missing_or_another_is_named(release, packages, tmp_pa
 
 
 @pytest.mark.parametrize("with_images", [False, True])
-def test_the_demo_says_what_it_did(with_images, release, packages, tmp_path, monkeypatch, capsys) -> None:
+def test_the_demo_says_what_it_did(with_images, release, tmp_path, monkeypatch, capsys) -> None:
     run_modules([str(ROOT / "examples" / "efficientnet_lite" / "demo.py")])
     demo = sys.modules["demo"]
-    arguments = ["--output", str(tmp_path / "imagenet"), "--image-size", "96", "--steps", "1"]
+    monkeypatch.setattr(demo.efficientnet_lite, "published", networks)
+    arguments = ["--output", str(tmp_path / "imagenet"), "--image-size", "64", "--steps", "1"]
     if with_images:
         rng = np.random.default_rng(0)
         (tmp_path / "photos").mkdir()

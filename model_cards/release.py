@@ -143,7 +143,7 @@ RELEASES = {
         split="validation",
         crop_pct=0.875,
         license=None,
-        teaching=Teaching(steps=100, rank=64),
+        teaching=Teaching(steps=120, rank=64),
         batch_size=32,
         number=8,
         taught_at=160,

@@ -85,6 +85,7 @@ class Release:
         license: of the weights; None where nobody has said.
         teaching: how stitches are taught.
         batch_size: images of an update.
+        image_size: pixels; None for the networks' own.
         stages: which are stitched; None for the default.
         number: how many stitches `select` keeps; None for all.
         taught_at: pixels, where teaching at the anchors' own size would take too long.
@@ -103,6 +104,7 @@ class Release:
     license: str | None
     teaching: Teaching
     batch_size: int
+    image_size: int | None = None
     stages: tuple[int, ...] | None = None
     number: int | None = None
     taught_at: int | None = None
@@ -145,6 +147,7 @@ RELEASES = {
         license=None,
         teaching=Teaching(steps=120, rank=64),
         batch_size=32,
+        image_size=224,
         number=8,
         taught_at=160,
     ),
@@ -282,7 +285,8 @@ def build(release: Release, weights: Path | None, test: Dataset) -> Any:
     """The model of the networks; where the data have names of few classes, these are its own."""
     names = getattr(test.features["label"], "names", None) if release.named else None
     labels: Any = {"id2label": dict(enumerate(names))} if names else {}
-    return stitchable.from_anchors(release.anchors(weights), stages=release.stages, **labels).eval()
+    size: Any = {"stages": release.stages, "image_size": release.image_size}
+    return stitchable.from_anchors(release.anchors(weights), **size, **labels).eval()
 
 
 def photographs(rows: Dataset, column: str, processor: BaseImageProcessor) -> Iterator[dict[str, torch.Tensor]]:

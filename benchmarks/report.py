@@ -11,8 +11,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_report(name: str, figures: dict[str, Any]) -> Path:
-    """Write `results/NAME.json` with the figures, command, commit, versions and machine."""
+def write_report(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `results/NAME.json` with the figures, command, commit, versions and machine; or NAME.json of a folder."""
     import torch
 
     from stitchable.timing import processor_name
@@ -29,7 +29,7 @@ def write_report(name: str, figures: dict[str, Any]) -> Path:
             "python": platform.python_version(),
         },
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path

@@ -305,8 +305,8 @@ def _make(folder: Path, hub: Any) -> None:
     repository = Repository()
     repository.commit("main", {"data/test-00000-of-00001.parquet": file.getvalue()}, "")
     hub.repositories["datasets/someone/digits"] = repository
-    noise = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), dtype="uint8")
-    for number in range(20):
+    noise = np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype="uint8")
+    for number in range(30):
         _save(Image.fromarray(noise[number]), folder, "photos", "holiday", number)
 
 

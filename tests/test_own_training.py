@@ -238,3 +238,38 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="empty"):
         measure_agreement(model, [])
     assert teacher_of(model, model.stitches[2]) == model.steps(1)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_stitches_that_are_taught_together_learn_what_each_learns_alone(name: str, tmp_path: Path) -> None:
+    alone, together = make(name), make(name)
+    ids = [stitch.id for stitch in alone.stitches if not stitch.is_anchor][:3]
+    endless = batches_of(name)
+    teach_stitches(alone, lambda _: endless(0), ids, TEACHING)
+    taught: list[int] = []
+    teach_stitches(
+        together, lambda _: endless(0), ids[::-1], TEACHING, folder=tmp_path, after=taught.append, together=2
+    )
+    assert taught == ids[::-1]
+    for key, tensor in alone.state_dict().items():
+        torch.testing.assert_close(together.state_dict()[key], tensor)
+    runs: list[Any] = []
+    fresh = make(name)
+    teach_stitches(fresh, lambda i: runs.append(i) or endless(0), ids, TEACHING, folder=tmp_path, together=2)
+    assert runs == []  # each is finished
+
+
+def test_stitches_that_are_taught_together_share_what_runs_without_gradients() -> None:
+    model, ids = make("resnet"), [2, 3, 4]
+    steps, run_step = [], model.run_step
+
+    def watched(step: Any, flow: Any) -> Any:
+        steps.append(step)
+        return run_step(step, flow)
+
+    model.run_step = watched  # type: ignore[method-assign]
+    teach_stitches(model, batches_of("resnet"), ids, Teaching(steps=1, rank=2), together=3)
+    shared = [step for step in steps if step.own < 0]
+    assert len(shared) == len(set(shared))
+    with pytest.raises(ValueError, match="together must be at least 1, got 0"):
+        teach_stitches(model, batches_of("resnet"), ids, TEACHING, together=0)

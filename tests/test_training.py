@@ -394,19 +394,19 @@ def test_what_is_its_own_is_taught_and_an_interrupted_run_goes_on_behind_finishe
     tmp_path, monkeypatch
 ) -> None:
     overrides = [f"output={tmp_path / 'run'}", *TINY, "training.trainable=own", "sampling.stitches=[0,3,4]"]
-    teach_stitch, taught = own.teach_stitch, []
+    teach_together, taught = own.teach_together, []
 
-    def interrupted(model, stitch_id, *arguments):
+    def interrupted(model, stitch_ids, *arguments):
         if taught == [3]:
             raise KeyboardInterrupt
-        taught.append(stitch_id)
-        return teach_stitch(model, stitch_id, *arguments)
+        taught.extend(stitch_ids)
+        return teach_together(model, stitch_ids, *arguments)
 
-    monkeypatch.setattr(own, "teach_stitch", interrupted)
+    monkeypatch.setattr(own, "teach_together", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(load_recipe(DIGITS, overrides))
     _fresh()
-    monkeypatch.setattr(own, "teach_stitch", lambda *given: taught.append(given[1]) or teach_stitch(*given))
+    monkeypatch.setattr(own, "teach_together", lambda *given: taught.extend(given[1]) or teach_together(*given))
     model = run(load_recipe(DIGITS, overrides), resume=True)
     assert taught == [3, 4]
     assert [stitch.id for stitch in model.stitches if stitch.own] == [3, 4]

@@ -40,6 +40,7 @@ class Card:
         license: an identifier as the Hub writes it; None where nobody has said so.
         recipe: the settings it was trained with, as text; printed in full. Empty for a model that was not trained.
         accuracy_before: accuracy of the anchors, by stitch id, before they were trained together.
+        notes: further paragraphs on how the model was made, each in one line.
 
     Raises:
         ValueError: a name with line breaks or other characters that cannot be seen, or a field of another type.
@@ -51,6 +52,7 @@ class Card:
     license: str | None = None
     recipe: str = ""
     accuracy_before: Mapping[int, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Check what may come from a file."""
@@ -60,6 +62,9 @@ class Card:
                 raise ValueError(f"the {name} of a card is one line of text that can be seen, got {value!r}")
         if not isinstance(self.recipe, str):
             raise ValueError(f"the recipe of a card is text, got {self.recipe!r}")
+        if isinstance(self.notes, str) or not all(map(is_plain, self.notes)):
+            raise ValueError(f"the notes of a card are lines of text that can be seen, got {self.notes!r}")
+        self.notes = list(self.notes)
         before = {int(anchor): float(value) for anchor, value in dict(self.accuracy_before).items()}
         self.accuracy_before = {anchor: value for anchor, value in before.items() if math.isfinite(value)}
 
@@ -144,6 +149,7 @@ def make_card(model: StitchablePreTrainedModel, card: Card, output: str = "") ->
         output=as_block(output, "text") if output else "",
         kept_below=KEPT_BELOW,
         recipe=as_block(card.recipe, "yaml") if card.recipe else "",
+        notes=[in_markdown(note) for note in card.notes],
         throughput=_circumstances(model.config, "throughput"),
         latency=_circumstances(model.config, "latency"),
         before=[

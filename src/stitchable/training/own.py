@@ -22,8 +22,9 @@ from transformers.utils import logging
 
 from stitchable.batches import unpack_batch
 from stitchable.evaluation import evaluation_mode
+from stitchable.model.chain import Flow
 from stitchable.model.modeling_stitchable import Step, StitchableForImageClassification
-from stitchable.model.routes import find_stitch
+from stitchable.model.routes import check_integer, find_stitch
 from stitchable.own import ids_to_teach, remember_own, run_steps, teacher_of
 from stitchable.training.augmentation import derive_seed, random_crop, seeded
 from stitchable.training.losses import soften
@@ -69,6 +70,7 @@ def teach_stitches(
     *,
     folder: str | Path | None = None,
     after: Callable[[int], None] | None = None,
+    together: int = 1,
 ) -> None:
     """Teach stitches one after the other, going on behind those that an interrupted run has finished.
 
@@ -79,23 +81,37 @@ def teach_stitches(
         teaching: how.
         folder: where each finished stitch is kept, so that a run can be interrupted between stitches; nowhere if None.
         after: called with the id of each stitch once it is taught, or was by an earlier run.
+        together: so many stitches learn from the same batches, those of the first of them. They share what runs
+            without gradients, the teacher and the front, which is about half of the work; where a run is interrupted,
+            all of them begin anew.
 
     Raises:
         ValueError: an anchor, which would teach itself; a model without the back anchor; a stitch without norms behind
-            its joint; a loss that is not finite; or a folder of another run. Stitches that are finished stay taught.
+            its joint; a loss that is not finite; `together` below 1; or a folder of another run. Stitches that are
+            finished stay taught.
     """
+    if check_integer(together, "together") < 1:
+        raise ValueError(f"together must be at least 1, got {together}")
     teaching = teaching or Teaching()
     ids = ids_to_teach(model, stitch_ids)
     for stitch_id in ids:
         teacher_of(model, find_stitch(model.stitches, stitch_id))
     kept = None if folder is None else _Kept(Path(folder), model, teaching)
+    group: list[int] = []
     for stitch_id in logging.tqdm(ids, desc="teaching", leave=False):
-        if kept is None or not kept.load(stitch_id):
-            teach_stitch(model, stitch_id, batches(stitch_id), teaching)
-            if kept is not None:
-                kept.save(stitch_id)
-        if after is not None:
-            after(stitch_id)
+        if kept is not None and kept.load(stitch_id):
+            if after is not None:
+                after(stitch_id)
+        else:
+            group.append(stitch_id)
+        if group and (len(group) == together or stitch_id == ids[-1]):
+            teach_together(model, group, batches(group[0]), teaching)
+            for taught in group:
+                if kept is not None:
+                    kept.save(taught)
+                if after is not None:
+                    after(taught)
+            group = []
 
 
 def teach_stitch(
@@ -105,61 +121,100 @@ def teach_stitch(
 
     Where it is interrupted, the stitch is left as it was. Arguments and errors are those of `teach_stitches`.
     """
-    stitch = find_stitch(model.stitches, stitch_id)
-    teacher = teacher_of(model, stitch)
-    give_back = remember_own(model, stitch_id)
-    with seeded("own", stitch_id):  # so that the order of stitches does not matter
-        model.give_own(stitch_id, stitch.own.rank if stitch.own else teaching.rank)
+    return teach_together(model, [stitch_id], batches, teaching)[stitch_id]
+
+
+def teach_together(
+    model: StitchableForImageClassification, stitch_ids: Sequence[int], batches: Iterator[Any], teaching: Teaching
+) -> dict[int, float]:
+    """Teach stitches on the same batches; for each, the mean loss of the last tenth of its steps.
+
+    Each learns as it would alone on these batches. Where it is interrupted, all are left as they were. Arguments and
+    errors are those of `teach_stitches`.
+    """
+    give_back = [remember_own(model, stitch_id) for stitch_id in stitch_ids]
     try:
-        last = _teach(model, stitch_id, teacher, batches, teaching)
-        if not last < float("inf"):
-            raise ValueError(f"the loss of stitch {stitch_id} is {last}; try a smaller learning_rate")
+        for stitch_id in stitch_ids:
+            own = find_stitch(model.stitches, stitch_id).own
+            with seeded("own", stitch_id):  # so that the order of stitches does not matter
+                model.give_own(stitch_id, own.rank if own else teaching.rank)
+        last = _teach(model, [_Pupil(model, stitch_id, teaching) for stitch_id in stitch_ids], batches, teaching)
+        for stitch_id, loss in last.items():
+            if not loss < float("inf"):
+                raise ValueError(f"the loss of stitch {stitch_id} is {loss}; try a smaller learning_rate")
     except BaseException:
-        give_back()
+        for undo in give_back:
+            undo()
         raise
     return last
 
 
+class _Pupil:
+    """A stitch that is taught: what it runs, who teaches it, and what is trained."""
+
+    def __init__(self, model: StitchableForImageClassification, stitch_id: int, teaching: Teaching) -> None:
+        steps = model.steps(stitch_id)
+        joint = next(place for place, step in enumerate(steps) if step.kind == "layer")
+        self.stitch_id, self.front, self.back = stitch_id, steps[:joint], steps[joint:]
+        self.teacher = teacher_of(model, find_stitch(model.stitches, stitch_id))
+        self.own = model.own[str(stitch_id)]
+        self.parameters = list(self.own.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters)
+        self.scheduler = OneCycleLR(self.optimizer, teaching.learning_rate, total_steps=teaching.steps + 1)
+        self.losses: list[torch.Tensor] = []
+
+    def learn(self, loss: torch.Tensor) -> None:
+        """One update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.losses.append(loss.detach())
+
+
 def _teach(
-    model: StitchableForImageClassification,
-    stitch_id: int,
-    teacher: Sequence[Step],
-    batches: Iterator[Any],
-    teaching: Teaching,
-) -> float:
-    own, steps = model.own[str(stitch_id)], model.steps(stitch_id)
-    parameters = list(own.parameters())
-    optimizer = torch.optim.Adam(parameters)
-    scheduler = OneCycleLR(optimizer, teaching.learning_rate, total_steps=teaching.steps + 1)
-    losses: list[torch.Tensor] = []
-    with evaluation_mode(model), _trainable(model, parameters):
-        own.train()
+    model: StitchableForImageClassification, pupils: Sequence[_Pupil], batches: Iterator[Any], teaching: Teaching
+) -> dict[int, float]:
+    pupils = sorted(pupils, key=lambda pupil: len(pupil.front))  # so that each front goes on behind the one before
+    with evaluation_mode(model), _trainable(model, [each for pupil in pupils for each in pupil.parameters]):
+        for pupil in pupils:
+            pupil.own.train()
         for _ in range(teaching.steps):
             pixel_values, labels = unpack_batch(next(batches), labels="optional")
-            loss = _loss(model, steps, teacher, pixel_values.to(model.device), labels, teaching)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            losses.append(loss.detach())
-    return float(torch.stack(losses[-max(1, teaching.steps // 10) :]).mean())
+            shared = _Shared(model, pixel_values.to(model.device))
+            for pupil in pupils:
+                pupil.learn(_loss(model, pupil, shared, labels, teaching))
+    tenth = max(1, teaching.steps // 10)
+    return {pupil.stitch_id: float(torch.stack(pupil.losses[-tenth:]).mean()) for pupil in pupils}
+
+
+class _Shared:
+    """What runs without gradients on a batch, for all pupils: none goes a part of the way that another has gone."""
+
+    def __init__(self, model: StitchableForImageClassification, pixel_values: torch.Tensor) -> None:
+        self.model = model
+        self.flows: dict[tuple[Step, ...], Flow] = {(): model.start(pixel_values)}
+
+    @torch.no_grad()
+    def behind(self, steps: tuple[Step, ...]) -> Flow:
+        """What flows behind the last of these steps."""
+        known = next(place for place in range(len(steps), -1, -1) if steps[:place] in self.flows)
+        self.flows[steps] = run_steps(self.model, steps[known:], self.flows[steps[:known]])
+        return self.flows[steps]
 
 
 def _loss(
     model: StitchableForImageClassification,
-    steps: Sequence[Step],
-    teacher: Sequence[Step],
-    pixel_values: torch.Tensor,
+    pupil: _Pupil,
+    shared: _Shared,
     labels: torch.Tensor | None,
     teaching: Teaching,
 ) -> torch.Tensor:
-    joint = next(place for place, step in enumerate(steps) if step.kind == "layer")
+    wanted = shared.behind(pupil.teacher).features
     with torch.no_grad():
-        wanted = run_steps(model, teacher, model.start(pixel_values)).features
-        target = model.run_head(teacher[-1].anchor, wanted)
-        flow = run_steps(model, steps[:joint], model.start(pixel_values))
-    features = run_steps(model, steps[joint:], flow).features
-    logits = model.run_head(steps[-1].anchor, features)
+        target = model.run_head(pupil.teacher[-1].anchor, wanted)
+    features = run_steps(model, pupil.back, shared.behind(pupil.front)).features
+    logits = model.run_head(pupil.back[-1].anchor, features)
     loss = soften(logits, target, teaching.temperature)
     if teaching.features:
         loss = loss + teaching.features * F.mse_loss(features.float(), wanted.float()) / wanted.float().var()

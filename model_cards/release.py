@@ -230,6 +230,7 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
     judges = pixels(others, release.image_column, processor).split(50)
     fitted_scores = score_stitches(model, judges, ids)
     unfinished = output.with_name(f"{output.name}-unfinished")
+    is_resumed = (unfinished / "taught").exists()
     seconds = teach(release, model, train, ids, unfinished / "taught")
     if release.taught_at is not None:  # statistics are those of images of another size
         recalibrate_batch_norms(model, in_batches(pixel_values[:STATISTICS_ON], None, EVALUATED), ids)
@@ -243,7 +244,8 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
         "two_fold": dict(zip(("stitches", "stitches_and_cascades"), map(in_percent, judged), strict=True)),
         "cascades": len(model.cascades),
         "kept_what_was_taught": kept,
-        "teaching": {**asdict(release.teaching), "batch_size": release.batch_size, "seconds": round(seconds)},
+        "teaching": {**asdict(release.teaching), "batch_size": release.batch_size},
+        "seconds_of_teaching": None if is_resumed else round(seconds),  # of a run that was interrupted nobody knows
         "images": {"taught_on": len(train), "measured_on": len(test), "least_squares_on": min(FITTED, len(test))},
     }
     if release.number is not None:

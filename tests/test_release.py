@@ -94,14 +94,14 @@ def test_a_release_is_a_repository_and_its_card_without_the_weights(
     assert {path.name for path in card.iterdir()} == {
         *("README.md", "accuracy_flops.png", "sample.png", "stitches.json", "results.json")
     }
-    assert (card / "README.md").read_text() == (folder / "README.md").read_text()
+    assert (card / "README.md").read_text(encoding="utf-8") == (folder / "README.md").read_text(encoding="utf-8")
     text = ModelCard.load(card / "README.md").text
     assert "was taught by the anchor at its end on 108 images without labels, 3 updates of 16 images" in text
     assert "Stitches, two-fold (each half of the images chooses for the other)" in text or "nothing to compare" in text
     assert "joint training" not in text
-    table = json.loads((card / "stitches.json").read_text())
-    assert table["stitches"] == json.loads((folder / "config.json").read_text())["stitches"]
-    report = json.loads((card / "results.json").read_text())
+    table = json.loads((card / "stitches.json").read_text(encoding="utf-8"))
+    assert table["stitches"] == json.loads((folder / "config.json").read_text(encoding="utf-8"))["stitches"]
+    report = json.loads((card / "results.json").read_text(encoding="utf-8"))
     figures = report["figures"]
     assert figures["anchors_equal_to_the_bit"] is True
     kept = [stitch.id for stitch in taught if stitch.own]
@@ -144,7 +144,7 @@ def test_selected_stitches_are_taught_at_another_size_and_judged_by_the_line(
     model = StitchableForImageClassification.from_pretrained(folder)
     assert len(model.stitches) <= 4
     assert tuple(model.config.image_size) == (32, 32)
-    figures = json.loads((tmp_path / "cards" / "tiny" / "results.json").read_text())["figures"]
+    figures = json.loads((tmp_path / "cards" / "tiny" / "results.json").read_text(encoding="utf-8"))["figures"]
     line = figures["below_the_line"]
     small, large, stitch = model.stitches[0], model.stitches[1], model.stitches[2]
     part = np.log(stitch.flops / small.flops) / np.log(large.flops / small.flops)

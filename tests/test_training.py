@@ -51,6 +51,7 @@ QUICK += ["initialization.num_samples=20"]
 # Seconds, with everything that a resumed run must restore: several phases, drop path, mixed labels.
 TINY = ["pretraining=null", "training.epochs=2", "training.warmup_epochs=0", "data.test_fraction=0.8"]
 TINY += ["evaluation.throughput=false", "evaluation.stitches=[0,1,2,5]", "evaluation.cascades=false", "trackers=[]"]
+TINY += ["sampling={}"]  # one stitch per step
 EVERYTHING = [*TINY, "training.augmentation.mixup=0.8", "checkpoints.every=3"]
 EVERYTHING += ["anchors.1.kwargs.drop_path_rate=0.3", "training.augmentation.repeats=2"]
 EVERYTHING += ["pretraining={epochs: 1, batch_size: 64, learning_rate: 1e-3}"]
@@ -267,7 +268,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
 
-    overrides = [*TINY, "sampling={}", "checkpoints.every=1", "training.epochs=20"]
+    overrides = [*TINY, "checkpoints.every=1", "training.epochs=20"]
     result = train(f"output={output}", *overrides, preexec_fn=limit)
     assert result.returncode == 1
     assert "cannot be written" in result.stderr
@@ -296,6 +297,7 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch) -> None:
     [
         ("sandwich", ["sampling={method: sandwich}", "distillation={kind: in_place}"]),
         ("groups", ["sampling={method: flops_groups, flops_gap: 5e4}", "evaluation.every=1"]),
+        ("rounds", ["sampling={order: rounds, stitches_per_step: 4, anchor_probability: 0.25}"]),
         pytest.param(
             "agc", ["training.clip=agc", "training.clip_at=0.01", "training.optimizer=sgd"], marks=pytest.mark.slow
         ),
@@ -311,9 +313,9 @@ def test_settings_reach_a_finished_run(name: str, overrides: list[str], tmp_path
 
 
 def test_stitches_that_are_trained_too_little_are_warned_of(tmp_path, caplog) -> None:
-    run(load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *TINY]))
-    # Two epochs of five steps, in each one of three anchors and three of 32 others.
-    assert "gives a stitch about 1 updates, where 300 are few" in caplog.text
+    run(load_recipe(DIGITS, [f"output={tmp_path / 'run'}", *TINY, "sampling.anchor_probability=0.25"]))
+    # Two epochs of five steps; of three anchors and 32 others, one of the others is drawn least.
+    assert "gives a stitch about 0 updates, where 300 are few" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -66,11 +66,12 @@ def main() -> None:
     if not (given.folder / "deit").exists():
         prepare_deit(given.folder)
     figures: dict[str, Any] = {"decision_us": measure_decisions()}
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))["figures"] if given.only and RESULTS.exists() else {}
     for name in MODELS:
         if given.only in (None, name):
             figures[name] = measure(given, name, soak=name == MODELS[0])
-        else:
-            figures[name] = json.loads(RESULTS.read_text(encoding="utf-8"))["figures"][name]
+        elif name in known:
+            figures[name] = known[name]
     print(f"wrote {write_report('serving', figures)}")
 
 

@@ -39,6 +39,8 @@ NUM_IMAGES = 40
 
 # Loaders with workers fork a process that has threads; a machine may have fewer cores than the workers asked for.
 pytestmark = [
+    # A loader that stops with an error closes its queues, on which Python's thread that feeds them may be at work.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]

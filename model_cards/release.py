@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,7 @@ import efficientnet_lite  # noqa: E402
 import numpy as np  # noqa: E402
 import reproduce_anchors as cifar_resnets  # noqa: E402
 import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from PIL import Image  # noqa: E402
+from datasets import Dataset, Image  # noqa: E402
 from report import write_report  # noqa: E402
 from transformers import BaseImageProcessor  # noqa: E402
 
@@ -208,7 +206,7 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
         raise ValueError(f"the images are taken of DATA=FOLDER with {release.train} and {release.test}, got {data}")
     output = output or Path("runs") / "release" / release.name
     check_new_folder(output)
-    images, test = (read(data, pattern) for pattern in (release.train, release.test))
+    images, test = (read(data, pattern, release.image_column) for pattern in (release.train, release.test))
     number = min(release.train_images, len(images) - len(images) // 10)
     train, others = images.select(range(number)), images.select(range(number, min(number + SCORE_ON, len(images))))
     model = build(release, weights, test)
@@ -255,7 +253,7 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
     notes = [how_it_was_made(release, len(train)), *map(in_words, ("Stitches", "Stitches and cascades"), judged)]
     card = Card(release.name, release.dataset, release.split, release.license, notes=notes)
     shutil.rmtree(unfinished / "repository", ignore_errors=True)  # of a run that was interrupted while it wrote
-    sample = decode(test[0][release.image_column])
+    sample = to_rgb(test[0][release.image_column])
     save_repository(model.cpu(), unfinished / "repository", processor, card, sample=sample)
     os.replace(unfinished / "repository", output)
     shutil.rmtree(unfinished)
@@ -285,9 +283,10 @@ def release_digits(output: Path | None, cards: Path) -> Path:
 # ---------------------------------------------------------------- the steps
 
 
-def read(data: Path, pattern: str) -> Dataset:
-    """The rows of the files of a folder."""
-    return Dataset.from_parquet([str(file) for file in cifar_resnets.find(data, pattern)])
+def read(data: Path, pattern: str, column: str) -> Dataset:
+    """The rows of the files of a folder, with images in the column, which may be the bytes of files there."""
+    rows = Dataset.from_parquet([str(file) for file in cifar_resnets.find(data, pattern)])
+    return rows.cast_column(column, Image())
 
 
 def build(release: Release, weights: Path | None, test: Dataset) -> Any:
@@ -301,7 +300,7 @@ def build(release: Release, weights: Path | None, test: Dataset) -> Any:
 def photographs(rows: Dataset, column: str, processor: BaseImageProcessor) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of images as the processor makes them, and of labels."""
     for batch in rows.iter(batch_size=EVALUATED):
-        images = [decode(image) for image in batch[column]]
+        images = [to_rgb(image) for image in batch[column]]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
         yield {"pixel_values": pixel_values, "labels": torch.tensor(batch["label"])}
 
@@ -309,11 +308,6 @@ def photographs(rows: Dataset, column: str, processor: BaseImageProcessor) -> It
 def pixels(rows: Dataset, column: str, processor: BaseImageProcessor) -> torch.Tensor:
     """Pixel values (N, C, H, W) of all images."""
     return torch.cat([batch["pixel_values"] for batch in photographs(rows, column, processor)])
-
-
-def decode(image: Any) -> Image.Image:
-    """An image of a row, which may be the bytes of its file."""
-    return to_rgb(Image.open(BytesIO(image["bytes"])) if isinstance(image, dict) else image)
 
 
 @torch.no_grad()

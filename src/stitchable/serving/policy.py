@@ -110,9 +110,7 @@ class Policy:
         self.choices, self.target, self.batch_sizes = tuple(choices), target, tuple(batch_sizes)
         self.max_queue = max_queue
         self.scale, self.spread = 1.0, 0.0  # observed / predicted seconds: the mean, and how far above it they go
-        self.caution = (
-            0.0  # seconds that are left to spare, for what no prediction sees: a burst, HTTP, other processes
-        )
+        self.caution = 0.0  # seconds to spare for what no prediction sees: a burst, HTTP, other processes
         self._arrivals: deque[float] = deque(maxlen=_ARRIVALS)
         self._tables: dict[int, _Table] = {}
         everything = self._table(-1)

@@ -205,7 +205,9 @@ class _Run:
         self.say(f"    {_summary(trained, self.anchors)}")
         with all_or_none(patiently=True):  # throughput takes seconds for each stitch
             if self.accelerator.is_main_process:
-                self.find_cascades()
+                self.remember_images()
+                if self.recipe.evaluation.cascades:
+                    self.find_cascades()
                 self.publish()
         return self.model
 
@@ -356,16 +358,18 @@ class _Run:
         (figures,) = broadcast_object_list([figures])
         return figures
 
-    def find_cascades(self) -> None:
-        """Find cascades of the measured stitches on the test images, where the recipe says so."""
+    def remember_images(self) -> None:
+        """Keep in the config what recognises images of the training, which no cascade should be chosen on."""
         recipe, number = self.recipe, max(1, min(NUM_STORED, self.num_images // 2))
         seen = sample_images(self.data.train, recipe.data, self.processor, number, recipe.seed)
         try:  # what fails here is not worth losing a trained model
             remember(self.model.config, seen)
         except ValueError as error:
             logger.warning("images of the training will not be recognised as such: %s", error)
-        if not recipe.evaluation.cascades:
-            return
+
+    def find_cascades(self) -> None:
+        """Find cascades of the measured stitches on the test images."""
+        recipe = self.recipe
         measured = [stitch.id for stitch in self.model.stitches if "accuracy" in stitch.metrics]
         loader, dataset, split = self._test_loader(shared=False), recipe.data.name, recipe.data.test_split
         try:

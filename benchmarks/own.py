@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--routes", default="0,1,2,3,4", help="which of the five")
     parser.add_argument("--name", default="own", help="of the file of results")
     for name, default in vars(Teaching()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        kind: Any = {"action": argparse.BooleanOptionalAction} if default is True else {"type": type(default)}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **kind)
     arguments = parser.parse_args()
     teaching = Teaching(**{name: getattr(arguments, name) for name in vars(Teaching())})
     model = stitchable.from_anchors(published(arguments.weights), stages=[0, 1, 2])

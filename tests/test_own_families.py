@@ -21,7 +21,7 @@ from stitchable import (
 from stitchable.costs import count_flops
 from stitchable.families import registry
 from stitchable.families.registry import run_modules
-from stitchable.model.architectures import OWN_CLASSES
+from stitchable.model.operations import OWN_CODE
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_family" / "digit_mixer.py"
 REGISTER = EXAMPLE.with_name("register_digit_mixer.py")
@@ -224,11 +224,11 @@ def test_weights_come_from_a_file_and_a_classifier_of_other_classes_is_new(tmp_p
 def test_what_is_no_chain_is_refused_at_registration(
     described: Adapter, kwargs: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(OWN_CLASSES, f"{Path(__file__).stem}.Net", raising=False)
-    before = [dict(table) for table in (OWN_CLASSES, registry._OWN, registry._REGISTERED)]
+    monkeypatch.delitem(OWN_CODE, f"{Path(__file__).stem}.Net", raising=False)
+    before = [dict(table) for table in (OWN_CODE, registry._OWN, registry._REGISTERED)]
     with pytest.raises(ValueError, match=message):
         register(described, **kwargs)
-    assert before == [OWN_CLASSES, registry._OWN, registry._REGISTERED]
+    assert before == [OWN_CODE, registry._OWN, registry._REGISTERED]
 
 
 class TokenNet(nn.Module):
@@ -315,10 +315,10 @@ def test_bad_registrations_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             adapter(**parts)
-    before = dict(OWN_CLASSES)
+    before = dict(OWN_CODE)
     with pytest.raises(ValueError, match="'resnet18' is a ResNet, not a Unknown"):
         register_anchor(type("Unknown", (Net,), {"__module__": __name__}), adapter(), example="resnet18")
-    assert before == OWN_CLASSES
+    assert before == OWN_CODE
     with pytest.raises(ValueError, match=r"no model 'digit_mixer_l'; the nearest are digit_mixer_"):
         stitchable.make_config(["digit_mixer_s", "digit_mixer_l"])
 

@@ -77,6 +77,18 @@ def test_only_what_is_its_own_gets_gradients_and_the_front_runs_without() -> Non
     assert seen == {("own", True), ("shared", False)}
 
 
+@pytest.mark.parametrize("of_batch", [True, False])
+def test_norms_go_by_the_batch_or_by_the_statistics_of_the_anchor(of_batch: bool) -> None:
+    model = make("resnet")
+    teach_stitch(model, 2, batches_of("resnet")(0), Teaching(steps=2, rank=2, batch_statistics=of_batch))
+    own: Any = model.own["2"]
+    anchors = model.state_dict()
+    for name, key in own.places.items():
+        statistics = own.norms[key].running_mean
+        assert torch.equal(statistics, anchors[f"{name}.running_mean"]) is not of_batch
+        assert not torch.equal(own.norms[key].weight, anchors[f"{name}.weight"])
+
+
 def test_any_number_in_any_order() -> None:
     one, other = make("vit"), make("vit")
     teach_stitches(one, batches_of("vit"), [3, 2], TEACHING)

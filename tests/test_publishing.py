@@ -80,8 +80,9 @@ def published(name: str, folder: Path):
 
 
 @pytest.mark.slow
-def test_a_folder_loads_where_stitchable_is_not_installed(tmp_path) -> None:
-    model, x = published("swin", tmp_path / "hub")
+@pytest.mark.parametrize("name", ["swin", "tnt"])  # the second brings functions that its chain names
+def test_a_folder_loads_where_stitchable_is_not_installed(name: str, tmp_path) -> None:
+    model, x = published(name, tmp_path / "hub")
     with torch.no_grad():
         logits = {stitch.id: model(x[:2], stitch_id=stitch.id).logits for stitch in model.stitches}
     torch.save(x[:2], tmp_path / "x.pt")

@@ -423,6 +423,22 @@ def test_classes_are_run_only_where_they_are_trusted(own_family: Path, trap: Pat
         StitchableForImageClassification.from_pretrained(own_family)
 
 
+@pytest.mark.parametrize("name", ["../evil.evil", "sub/evil.evil", "evil.", "a.b.evil", "/evil.evil"])
+def test_functions_are_of_files_of_the_checkpoint(name: str, own_family: Path, trap: Path) -> None:
+    (own_family.parent / "evil.py").write_text(evil(trap), encoding="utf-8")
+    change(own_family / "config.json", lambda config: config["anchors"][0]["chain"].update(call=f"function:{name}"))
+    for trust in (False, True):
+        with pytest.raises(ValueError, match=r"a function is 'NAME', or 'file\.NAME' of a file beside the config"):
+            StitchableForImageClassification.from_pretrained(own_family, trust_remote_code=trust)
+
+
+def test_functions_are_run_only_where_they_are_trusted(own_family: Path, trap: Path) -> None:
+    (own_family / "evil.py").write_text(evil(trap), encoding="utf-8")
+    change(own_family / "config.json", lambda config: config["anchors"][0]["chain"].update(call="function:evil.call"))
+    with pytest.raises(ValueError, match=r"brings models of its own in evil\.py; read it and pass trust_remote_code"):
+        StitchableForImageClassification.from_pretrained(own_family)
+
+
 # ---------------------------------------------------------------- image processors
 
 

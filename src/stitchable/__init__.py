@@ -5,10 +5,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from stitchable import tables, timm_contract
 from stitchable.building import from_anchors, make_config
 from stitchable.cascades import find_cascades
+from stitchable.compiling import compile_blocks
 from stitchable.costs import update_costs
 from stitchable.evaluation import evaluate, measure_agreement
 from stitchable.families.adapter import Adapter, Layout
-from stitchable.families.registry import load_own_classes, register_anchor, register_family
+from stitchable.families.registry import load_own_code, register_anchor, register_family
 from stitchable.figures import record, replace
 from stitchable.front import pareto_front
 from stitchable.initialization import initialize_stitches
@@ -38,7 +39,8 @@ StitchableForImageClassification.register_for_auto_class("AutoModelForImageClass
 StitchablePreTrainedModel.record = record
 StitchablePreTrainedModel.replace = replace
 StitchablePreTrainedModel.give_own = give_own
-StitchablePreTrainedModel._load_own_classes = classmethod(load_own_classes)  # type: ignore[assignment,method-assign]
+StitchablePreTrainedModel.compile_blocks = compile_blocks
+StitchablePreTrainedModel._load_own_code = classmethod(load_own_code)  # type: ignore[assignment,method-assign]
 StitchablePreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 StitchablePreTrainedModel.push_to_hub = push_model  # type: ignore[assignment,method-assign]
 StitchablePreTrainedModel.table = tables.table  # type: ignore[attr-defined]

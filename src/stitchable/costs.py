@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from stitchable.families.adapter import Description, Layout
-from stitchable.families.registry import class_reference, create_model, describe
+from stitchable.families.adapter import Description, Layout, code_reference
+from stitchable.families.registry import create_model, describe
 from stitchable.model.cascades import num_shared_steps
 from stitchable.model.chain import Anchor, Chain, Part
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
@@ -131,7 +131,7 @@ def profile_anchor(
         head=Cost(neck_flops + head_flops, params["head"]),
         neck_flops=neck_flops,
         chain=chain,
-        own_class=class_reference(type(model)),
+        own_class=code_reference(type(model)),
         context=Cost(context_flops, params["context"]),
         prefix=Cost(prefix_flops, params["prefix"]),
     )

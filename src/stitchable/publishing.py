@@ -30,9 +30,10 @@ from stitchable.card import (
     what_it_prints,
 )
 from stitchable.model import modeling_stitchable
-from stitchable.model.architectures import OWN_CLASSES
+from stitchable.model.chain import Anchor
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
+from stitchable.model.operations import OWN_CODE
 from stitchable.model.routes import measured_by
 from stitchable.model.shards import WEIGHTS
 from stitchable.processing import image_processor, load_image_processor
@@ -286,8 +287,9 @@ def _check_code(folder: Path, config: StitchableConfig) -> None:
     package = Path(modeling_stitchable.__file__).parent
     ours = {path.name: path.read_bytes() for path in package.glob("*.py")}
     # Of files that a config names, only those that this process has registered: a config may come from a stranger.
-    named = {anchor.get("class") for anchor in config.anchors} & set(OWN_CLASSES)
-    sources = [inspect.getfile(OWN_CLASSES[reference]) for reference in named if reference]
+    anchors = [Anchor.from_dict(entry) for entry in config.anchors]
+    named = {name for anchor in anchors for name in anchor.code} & set(OWN_CODE)
+    sources = [inspect.getfile(OWN_CODE[name]) for name in named]
     sources += [other for file in list(sources) for other in get_relative_import_files(file)]
     known = {Path(file).name: Path(file).read_bytes() for file in sources} | ours
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -1,15 +1,18 @@
 """Where the parts are in the models of one class, in a few names: resolved for a model, an `Adapter` is a `Chain`."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from stitchable.families import timm_functions
 from stitchable.model.chain import PARTS, Chain, lacking
-from stitchable.model.operations import FUNCTION, TimmModel
+from stitchable.model.operations import FUNCTION, OWN_CODE, TimmModel
 
 
 class Layout(str, Enum):
@@ -105,15 +108,19 @@ class Description:
             parts = _parts(model, adapter, blocks)
         except AttributeError as error:
             raise lacking(model, error) from None
+
+        def named(operations: Sequence[Operation]) -> tuple[str, ...]:
+            return tuple(_name(operation, type(model)) for operation in operations)
+
         chain = Chain(
-            stem=tuple(map(_name, adapter.stem)),
-            blocks=tuple(tuple(map(_name, block)) for block in blocks),
-            neck=tuple(map(_name, adapter.neck)),
-            head=tuple(map(_name, adapter.head)),
+            stem=named(adapter.stem),
+            blocks=tuple(map(named, blocks)),
+            neck=named(adapter.neck),
+            head=named(adapter.head),
             prefix=tuple(name for name, _ in prefix),
-            own_prefix=_name(adapter.own_prefix) if adapter.own_prefix else None,
-            call=_name(adapter.call) if adapter.call else None,
-            context=_name(adapter.context) if adapter.context else None,
+            own_prefix=_name(adapter.own_prefix, type(model)) if adapter.own_prefix else None,
+            call=_name(adapter.call, type(model)) if adapter.call else None,
+            context=_name(adapter.context, type(model)) if adapter.context else None,
             parts={part: names for part, names in parts.items() if names},
         )
         chain.check_names(model)
@@ -152,14 +159,27 @@ class Description:
         return channels, height, width
 
 
-def _name(operation: Operation) -> str:
-    """What an operation is called in config.json."""
+def code_reference(code: type | Callable[..., Any]) -> str | None:
+    """The name "file.Name" by which a checkpoint brings a class or function along; None for timm's and torch's."""
+    module = code.__module__
+    if module.startswith(("timm.", "torch.")):
+        return None
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return f"{Path(file).stem if file else module.split('.')[-1]}.{code.__name__}"
+
+
+def _name(operation: Operation, model_class: type) -> str:
+    """What an operation is called in config.json; a function is made known by that name."""
     if isinstance(operation, str):
         return operation
     name = getattr(operation, "__name__", "")
     if not name.isidentifier():
         raise ValueError(f"{operation!r} has no name by which a config could call it; define a function in a file")
-    return f"{FUNCTION}{name}"
+    if operation.__module__ not in (model_class.__module__, timm_functions.__name__):
+        raise ValueError(f"the function {name!r} is not in the file of {model_class.__name__}, which checkpoints bring")
+    reference = str(code_reference(operation))
+    OWN_CODE[reference] = operation
+    return f"{FUNCTION}{reference}"
 
 
 def _part_named(model: TimmModel, name: str) -> Any:

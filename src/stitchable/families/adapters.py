@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from stitchable.families import timm_functions
 from stitchable.families.adapter import Adapter, Block, Layout, Operation
 from stitchable.model.operations import TimmModel
 
@@ -55,8 +56,8 @@ def _eva(model: TimmModel) -> Adapter:
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token", "reg_token"),
-        call="function:call_with_own_rope" if getattr(model, "rope_mixed", False) and model.rope is not None else None,
-        context="function:rope",
+        call=timm_functions.call_with_own_rope if getattr(model, "rope_mixed", False) and model.rope else None,
+        context=timm_functions.rope,
         uses={"stem": ("pos_drop",), "context": ("rope",)},
     )
 
@@ -66,12 +67,12 @@ def _naflex(model: TimmModel) -> Adapter:
         raise ValueError("patch_drop_rate drops tokens together with their rotary embeddings; leave it 0")
     return Adapter(
         NLC,
-        stem=("function:naflex_stem",),
+        stem=(timm_functions.naflex_stem,),
         stages=("blocks",),
         neck=("norm",),
         prefix=("embeds.cls_token", "embeds.reg_token"),
-        call="function:call_with_own_rope" if model.rope_is_mixed and model.rope is not None else None,
-        context="function:rope",
+        call=timm_functions.call_with_own_rope if model.rope_is_mixed and model.rope is not None else None,
+        context=timm_functions.rope,
         uses={"stem": ("embeds",), "context": ("rope",)},
     )
 
@@ -81,9 +82,9 @@ def _gemma(model: TimmModel) -> Adapter:
         raise ValueError("encoder_pool='soft' pools within its features; leave it ''")
     return Adapter(
         NLC,
-        stem=("function:gemma_stem",),
+        stem=(timm_functions.gemma_stem,),
         stages=("encoder.blocks",),
-        context="function:gemma_rope",
+        context=timm_functions.gemma_rope,
         uses={"stem": ("encoder.patch_embed",), "context": ("encoder.rotary_emb",)},
     )
 
@@ -146,10 +147,10 @@ def _twins(model: TimmModel) -> Adapter:
 
     return Adapter(
         NHWC,
-        stem=("function:twins_stem",),
+        stem=(timm_functions.twins_stem,),
         stages=tuple(stage(i) for i in range(len(model.blocks))),
         neck=("function:tokens_of_nhwc", "norm"),
-        call="function:call_twins",
+        call=timm_functions.call_with_grid,
         uses={"stem": ("patch_embeds.0", "pos_drops.0")},
     )
 
@@ -215,7 +216,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
-        context="function:beit_bias",
+        context=timm_functions.beit_bias,
         uses={"context": ("rel_pos_bias",)},
     ),
     "cait.Cait": Adapter(
@@ -228,11 +229,11 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "convit.ConVit": _convit,
     "deepseek_vit.DeepseekVitClassifier": Adapter(
         NHWC,
-        stem=("function:encoder_stem",),
+        stem=(timm_functions.encoder_stem,),
         stages=("encoder.blocks",),
         neck=("encoder.norm", "encoder.aligner"),
-        call="function:call_on_tokens",
-        context="function:encoder_rope",
+        call=timm_functions.call_on_tokens,
+        context=timm_functions.encoder_rope,
         uses={"stem": ("encoder.patch_embed",), "context": ("encoder.rope",)},
     ),
     "eva.Eva": _eva,
@@ -243,22 +244,22 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "naflexvit.NaFlexVit": _naflex,
     "qwen3_vit.Qwen3VitClassifier": Adapter(
         NHWC,
-        stem=("function:encoder_stem",),
+        stem=(timm_functions.encoder_stem,),
         stages=("encoder.blocks",),
         neck=("encoder.merger",),
-        call="function:call_on_tokens",
-        context="function:encoder_rope",
+        call=timm_functions.call_on_tokens,
+        context=timm_functions.encoder_rope,
         uses={"stem": ("encoder.patch_embed", "encoder.pos_embed"), "context": ("encoder.rope",)},
     ),
     "tnt.TNT": Adapter(
         NLC,
-        stem=("function:tnt_stem",),
+        stem=(timm_functions.tnt_stem,),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
-        own_prefix="function:tnt_prefix",
-        call="function:call_tnt",
-        context="function:tnt_pixels",
+        own_prefix=timm_functions.tnt_prefix,
+        call=timm_functions.call_tnt,
+        context=timm_functions.tnt_pixels,
         uses={"stem": ("norm1_proj", "proj", "norm2_proj", "pos_drop"), "context": ("pixel_embed", "pixel_pos")},
     ),
     "vision_transformer_relpos.VisionTransformerRelPos": Adapter(
@@ -267,21 +268,21 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
-        context="function:relpos_bias",
+        context=timm_functions.relpos_bias,
         uses={"context": ("shared_rel_pos",)},
     ),
     "vision_transformer_sam.VisionTransformerSAM": Adapter(
         NHWC,
-        stem=("patch_embed", "function:sam_positions", "pos_drop", "patch_drop", "norm_pre"),
+        stem=("patch_embed", timm_functions.sam_positions, "pos_drop", "patch_drop", "norm_pre"),
         stages=("blocks",),
         neck=("function:to_nchw", "neck"),
     ),
     "xcit.Xcit": Adapter(
         NHWC,
-        stem=("function:xcit_stem",),
+        stem=(timm_functions.xcit_stem,),
         stages=("blocks",),
         neck=("function:tokens_of_nhwc", "forward_cls", "norm"),
-        call="function:call_xcit",
+        call=timm_functions.call_xcit,
         uses={"stem": ("patch_embed", "pos_embed", "pos_drop"), "head": ("cls_token", "cls_attn_blocks")},
     ),
     # Stages of blocks.
@@ -298,7 +299,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
         stem=("stem",),
         stages=("stages.*",),
         neck=("function:tokens_of_nchw", "norm"),
-        call="function:call_efficientformer",
+        call=timm_functions.call_efficientformer,
     ),
     "efficientformer_v2.EfficientFormerV2": _STAGES_AND_NORM,
     "efficientvit_mit.EfficientVit": _STAGES,
@@ -316,14 +317,14 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "lowformer.LowFormer": _STAGES,
     "mambaout.MambaOut": _NHWC_STAGES,
     "maxxvit.MaxxVit": _STAGES_AND_NORM,
-    "metaformer.MetaFormer": Adapter(NCHW, stem=("stem",), stages=("stages.*",), call="function:call_metaformer"),
+    "metaformer.MetaFormer": Adapter(NCHW, stem=("stem",), stages=("stages.*",), call=timm_functions.call_metaformer),
     "mvitv2.MultiScaleVit": Adapter(
         NLC,
         stem=("patch_embed", "function:prepend_class_token", "pos_embed"),
         stages=("stages.*",),
         neck=("norm",),
         prefix=("cls_token",),
-        context="function:grid_as_context",
+        context=timm_functions.grid_as_context,
     ),
     "nest.Nest": Adapter(
         NCHW, stem=("patch_embed",), stages=("levels",), neck=("function:to_nhwc", "norm", "function:to_nchw")
@@ -332,20 +333,20 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "nfnet.NormFreeNet": Adapter(NCHW, stem=("stem",), stages=("stages.*",), neck=("final_conv", "final_act")),
     "pit.PoolingVisionTransformer": Adapter(
         NLC,
-        stem=("patch_embed", "pos_embed", "pos_drop", "function:pit_tokens"),
+        stem=("patch_embed", "pos_embed", "pos_drop", timm_functions.pit_tokens),
         stages=("transformers.*",),
-        neck=("function:pit_prefix", "norm"),
+        neck=(timm_functions.pit_prefix, "norm"),
         prefix=("cls_token",),
-        own_prefix="function:class_token",  # its positions are those of the grid
-        call="function:call_pit",
-        context="function:grid_as_context",
+        own_prefix=timm_functions.class_token,  # its positions are those of the grid
+        call=timm_functions.call_pit,
+        context=timm_functions.grid_as_context,
     ),
     "pvt_v2.PyramidVisionTransformerV2": Adapter(
         NHWC,
         stem=("patch_embed",),
         stages=("stages.*",),
         neck=("function:to_contiguous_nchw",),
-        call="function:call_pvt",
+        call=timm_functions.call_with_grid,
     ),
     "rdnet.RDNet": Adapter(NCHW, stem=("stem",), stages=("dense_stages",), neck=("norm_pre",)),
     "repvit.RepVit": _STAGES,
@@ -359,7 +360,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "swin_transformer_v2_cr.SwinTransformerV2Cr": Adapter(
         NHWC, stem=("patch_embed", "function:to_nhwc"), stages=("stages.*",), neck=("function:to_nchw",)
     ),
-    "tiny_vit.TinyVit": Adapter(NCHW, stem=("patch_embed",), stages=("stages.*",), call="function:call_tiny_vit"),
+    "tiny_vit.TinyVit": Adapter(NCHW, stem=("patch_embed",), stages=("stages.*",), call=timm_functions.call_tiny_vit),
     "vovnet.VovNet": _STAGES,
     # Stages by other names.
     "densenet.DenseNet": _densenet,

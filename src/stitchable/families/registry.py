@@ -14,21 +14,23 @@ from torch import nn
 from transformers.dynamic_module_utils import get_imports
 from transformers.utils import cached_file, logging
 
-from stitchable.families.adapter import Adapter, Description
+from stitchable.families import timm_functions
+from stitchable.families.adapter import Adapter, Description, code_reference
 from stitchable.families.adapters import ADAPTERS, REFUSED
 from stitchable.families.checks import check_chain
 from stitchable.importing import import_file
 from stitchable.model import operations
-from stitchable.model.architectures import OWN_CLASSES, check_name
+from stitchable.model.architectures import check_name
 from stitchable.model.architectures import create_model as create_known_model
 from stitchable.model.modeling_stitchable import StitchablePreTrainedModel
-from stitchable.model.operations import TimmModel
+from stitchable.model.operations import OWN_CODE, TimmModel
 
 logger = logging.get_logger(__name__)
 
 _SHIPPED = Path(operations.__file__).parent
-_load_own_classes: Any = StitchablePreTrainedModel._load_own_classes.__func__  # type: ignore[attr-defined]
+_load_own_code: Any = StitchablePreTrainedModel._load_own_code.__func__  # type: ignore[attr-defined]
 _REGISTERED: dict[type[nn.Module], Adapter | Callable[[TimmModel], Adapter]] = {}
+OWN_CODE |= {str(code_reference(x)): x for x in vars(timm_functions).values() if inspect.isfunction(x)}
 
 
 def describe(model: TimmModel) -> Description:
@@ -184,7 +186,7 @@ def create_model(architecture: str, kwargs: Mapping[str, Any] | None = None, *, 
                 raise ValueError(f"there is no model {architecture!r}; the nearest are {', '.join(near)}")
         return create_known_model(architecture, kwargs, num_classes=num_classes)
     num_classes = own.cfg["num_classes"] if num_classes is None else num_classes
-    reference = class_reference(own.model_class)
+    reference = code_reference(own.model_class)
     model = create_known_model(
         architecture, full_kwargs(architecture, kwargs), num_classes=num_classes, own_class=reference
     )
@@ -197,19 +199,10 @@ def full_kwargs(architecture: str, kwargs: Mapping[str, Any] | None) -> dict[str
     return {**(_OWN[architecture].kwargs if architecture in _OWN else {}), **(kwargs or {})}
 
 
-def class_reference(model_class: type[nn.Module]) -> str | None:
-    """The name "file.Class" of a class that is not timm's, by which a checkpoint brings it along; None for timm's."""
-    module = model_class.__module__
-    if module.startswith(("timm.", "torch.")):
-        return None
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return f"{Path(file).stem if file else module.split('.')[-1]}.{model_class.__name__}"
-
-
 @contextmanager
 def _all_or_nothing() -> Iterator[None]:
     """Leave every table as it was where a registration is refused."""
-    tables: tuple[dict[Any, Any], ...] = (_OWN, _REGISTERED, OWN_CLASSES)
+    tables: tuple[dict[Any, Any], ...] = (_OWN, _REGISTERED, OWN_CODE)
     before = [dict(table) for table in tables]
     try:
         yield
@@ -221,11 +214,11 @@ def _all_or_nothing() -> Iterator[None]:
 
 
 def _make_known(model_class: type[nn.Module]) -> None:
-    reference = class_reference(model_class)
+    reference = code_reference(model_class)
     if reference is None:
         return
     file = f"{reference.split('.')[0]}.py"
-    if (_SHIPPED / file).exists():
+    if (_SHIPPED / file).exists() or file == Path(timm_functions.__file__).name:
         raise ValueError(f"{model_class.__name__} is defined in {file}, a name that a file of every checkpoint has")
     path = getattr(sys.modules.get(model_class.__module__), "__file__", None)
     if path is None or model_class.__module__ == "__main__":
@@ -237,7 +230,7 @@ def _make_known(model_class: type[nn.Module]) -> None:
             f"{file} imports stitchable, so that checkpoints of {model_class.__name__} load only where that is "
             "installed; register the class in another file"
         )
-    OWN_CLASSES[reference] = model_class
+    OWN_CODE[reference] = model_class
 
 
 def _origin(model_class: type[nn.Module]) -> tuple[str, str]:
@@ -296,7 +289,7 @@ def run_modules(paths: Sequence[str]) -> None:
         import_file(path.stem, path)
 
 
-def load_own_classes(
+def load_own_code(
     cls: type[StitchablePreTrainedModel], references: set[str], source: Any, trust: bool, hub: Mapping[str, Any]
 ) -> None:
     """As the model's own, where the classes of a checkpoint that is trusted may be registered in this process already.
@@ -304,12 +297,13 @@ def load_own_classes(
     Raises:
         ValueError: what is registered is other code than the checkpoint's.
     """
-    for reference in sorted(references & set(OWN_CLASSES)) if trust else ():
+    ours = {reference for reference in references if OWN_CODE.get(reference) in vars(timm_functions).values()}
+    for reference in sorted((references - ours) & set(OWN_CODE)) if trust else ():
         file = cached_file(source, f"{reference.split('.')[0]}.py", **hub)
-        if not _is_code_of(OWN_CLASSES[reference], file):
+        if not _is_code_of(OWN_CODE[reference], file):
             fix = "load it in a process of its own, or without trust_remote_code to run what is registered"
             raise ValueError(f"{source} brings other code of {reference} than what is registered here; {fix}")
-    _load_own_classes(cls, references, source, trust, hub)
+    _load_own_code(cls, references, source, trust, hub)
 
 
 def _is_code_of(known: type, path: str | None) -> bool:

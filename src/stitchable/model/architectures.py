@@ -9,14 +9,10 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .operations import TimmModel
+from .operations import OWN_CODE, TimmModel
 from .schema import read
-
-OWN_CLASSES: dict[str, type[nn.Module]] = {}
-"""Classes of anchors that are not timm's, as "file.Class": registered in this process, or loaded with a checkpoint."""
 
 _NAME = re.compile(r"[\w.-]+")
 # What timm's functions take for themselves before the constructor of a model gets the rest: files and addresses of
@@ -37,7 +33,7 @@ def check_name(architecture: Any) -> None:
 def create_model(
     architecture: str, kwargs: Mapping[str, Any] | None = None, *, num_classes: int | None, own_class: str | None = None
 ) -> TimmModel:
-    """A model with random weights: `timm.create_model`, or a class of `OWN_CLASSES`, with an error that helps.
+    """A model with random weights: `timm.create_model`, or a class of `OWN_CODE`, with an error that helps.
 
     What is asked for may come from a config that nobody vouches for, so nothing is read from a file or the network.
 
@@ -53,7 +49,7 @@ def create_model(
     for name in sorted(_NOT_OF_A_MODEL & set(kwargs)):
         raise ValueError(f"the kwargs of {architecture!r} cannot hold {name!r}: they are arguments of its constructor")
     is_timms = timm.is_model(architecture)
-    if own_class is not None and own_class not in OWN_CLASSES:
+    if own_class is not None and own_class not in OWN_CODE:
         raise ValueError(f"{architecture!r} is made by {own_class}, which this process has not registered")
     if own_class is None and not is_timms:
         near = ", ".join(difflib.get_close_matches(architecture.split(".")[0], timm.list_models(), n=3))
@@ -65,7 +61,7 @@ def create_model(
     try:
         with _NoValues() if on_meta else nullcontext():
             if own_class is not None and not is_timms:
-                return OWN_CLASSES[own_class](**kwargs, **classes)
+                return OWN_CODE[own_class](**kwargs, **classes)
             return timm.create_model(architecture, pretrained=False, **classes, **kwargs)
     except Exception as error:  # constructors have many ways to say that they cannot work with their arguments
         reason = str(error) or "an assertion of timm fails"

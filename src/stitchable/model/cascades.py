@@ -70,7 +70,7 @@ def run_cascade(model: Any, pixel_values: torch.Tensor, cascade: Cascade) -> Cas
             images, total = images[kept.to(images.device)], total[kept]
             for later, start in starts.items():
                 begun = plans[later][: begins[later][1]]
-                starts[later] = start.select(kept, model.chains[begun[-1].anchor].context if begun else None)
+                starts[later] = start.select(kept, model.chains[begun[-1].anchor].per_image if begun else False)
     output, costs = CascadeOutput(logits=logits), [stage.flops for stage in cascade.stages]
     output["stitch_ids"] = torch.tensor([stage.stitch for stage in cascade.stages], device=stages.device)[stages]
     output["flops"] = torch.tensor(costs, dtype=torch.float64, device=stages.device).cumsum(0)[stages]

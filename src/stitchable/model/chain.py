@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from .architectures import check_name, create_model
-from .operations import FUNCTION, OPERATIONS, PER_IMAGE, Grid, TimmModel, find_function
+from .operations import FUNCTION, Grid, TimmModel, find_function
 from .routes import AnchorShape, Stitch, carried_tokens
 from .schema import read
 
 Operation = str
 """A step of a part, by name: a submodule or method, which is called, or a parameter, which is added (a position
-embedding); one that is None in a model is passed over. Or "function:NAME", of operations.py or of the file of the
-model's class, which gets the model and its features. An operation of a stem may return a tuple: the features, and the
-context of the blocks."""
+embedding); one that is None in a model is passed over. Or "function:NAME" of operations.py, "function:FILE.NAME" of a
+file beside the config, which gets the model and its features. An operation of a stem may return a tuple: the features,
+and the context of the blocks."""
 
 Part = str | int
 """What of a model is needed together: "stem", "prefix" (own prefix tokens), "context", a number of a block, "head"."""
@@ -32,7 +32,7 @@ PARTS = ("stem", "prefix", "context", "head")
 NECK = -1
 """The number of what follows the last block, where blocks are counted."""
 
-_CLASS = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")
+_OF_A_FILE = re.compile(r"[^\W\d]\w*\.[^\W\d]\w*")
 
 
 class Flow(NamedTuple):
@@ -42,12 +42,16 @@ class Flow(NamedTuple):
     pixel_values: torch.Tensor  # (N, C, H, W), for the context of an anchor that is entered
     context: tuple[Any, ...] = ()  # what the blocks get besides: rotary embeddings, sizes, a second stream
 
-    def select(self, images: torch.Tensor, context: str | None) -> "Flow":
-        """That of some images of the batch, by their numbers; `context` is the function of the anchor's chain."""
-        number, own = len(self.pixel_values), context is not None and context.removeprefix(FUNCTION) not in OPERATIONS
+    def select(self, images: torch.Tensor, per_image: bool | None) -> "Flow":
+        """That of some images of the batch, by their numbers; `per_image` says whether their context is one of each.
+
+        None, where the function that makes it does not say so (`function.per_image = True`): what is as long as the
+        batch is taken for that.
+        """
+        number = len(self.pixel_values)
 
         def selected(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor) or not (context in PER_IMAGE or (own and len(x) == number)):
+            if not isinstance(x, torch.Tensor) or not (len(x) == number if per_image is None else per_image):
                 return x
             return x.unflatten(0, (number, -1))[images.to(x.device)].flatten(0, 1)
 
@@ -87,6 +91,9 @@ class Chain:
         for key in ("own_prefix", "call", "context"):
             if not (getattr(self, key) or FUNCTION).startswith(FUNCTION):
                 raise ValueError(f"{key} must be '{FUNCTION}NAME', got {getattr(self, key)!r}")
+        for name in self.code:
+            if not _OF_A_FILE.fullmatch(name):
+                raise ValueError(f"a function is 'NAME', or 'file.NAME' of a file beside the config, got {name!r}")
         if not set(self.parts) <= set(PARTS):
             raise ValueError(f"the parts are {', '.join(PARTS)}, got {', '.join(self.parts)}")
         object.__setattr__(self, "functions", {})
@@ -101,12 +108,23 @@ class Chain:
         """Number of blocks."""
         return len(self.blocks)
 
+    @property
+    def code(self) -> set[str]:
+        """The functions of files beside the config, as "file.name"."""
+        names = (*self._names, *filter(None, (self.own_prefix, self.call, self.context)))
+        return {name.removeprefix(FUNCTION) for name in names if name.startswith(FUNCTION) and "." in name}
+
+    @property
+    def per_image(self) -> bool | None:
+        """Whether the context of the blocks holds something of each image; None where its function does not say so."""
+        return getattr(self.functions[self.context], "per_image", None) if self.context else False
+
     def check_names(self, model: TimmModel) -> None:
-        """Refuse with a ValueError a model that lacks what this chain names, or whose class brings no such function."""
+        """Refuse with a ValueError a model that lacks what this chain names, and functions that nobody knows."""
         for name in (*self._names, *filter(None, (self.own_prefix, self.call, self.context))):
             try:
                 if name.startswith(FUNCTION):
-                    self.functions[name] = find_function(name.removeprefix(FUNCTION), type(model))
+                    self.functions[name] = find_function(name.removeprefix(FUNCTION))
                 else:
                     attrgetter(name)(model)
             except AttributeError as error:
@@ -237,7 +255,7 @@ class Anchor(AnchorShape):
         """Refuse names that are paths or markup, and a chain of another depth."""
         super().__post_init__()
         check_name(self.architecture)
-        if self.class_ is not None and not _CLASS.fullmatch(self.class_):
+        if self.class_ is not None and not _OF_A_FILE.fullmatch(self.class_):
             raise ValueError(f"class is 'file.Class' of a file beside the config, got {self.class_!r}")
         if self.chain.depth != self.depth:
             raise ValueError(f"its chain has {self.chain.depth} blocks, its stages have {self.depth}")
@@ -251,6 +269,11 @@ class Anchor(AnchorShape):
         if depth != anchor.depth:
             raise ValueError(f"{path}.depth must be the sum of its stages, {anchor.depth}, got {depth!r}")
         return anchor
+
+    @property
+    def code(self) -> set[str]:
+        """The class and the functions of files beside the config that it needs, as "file.Name"."""
+        return self.chain.code | ({self.class_} if self.class_ else set())
 
     def build(self, num_classes: int | None) -> TimmModel:
         """Its model, with random weights and all of its parts; a ValueError if it cannot be made, or lacks some."""

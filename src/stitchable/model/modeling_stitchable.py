@@ -24,11 +24,10 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import logging
 
-from .architectures import OWN_CLASSES
 from .cascades import CascadeOutput, run_cascade
 from .chain import Anchor, Flow, parts_used
 from .configuration_stitchable import StitchableConfig
-from .operations import TimmModel
+from .operations import OWN_CODE, TimmModel
 from .own import OwnParts, Update
 from .placement import brought_in, check_device_map, device_of, entering
 from .routes import (
@@ -89,6 +88,7 @@ class StitchablePreTrainedModel(PreTrainedModel):
     record: Callable[..., Stitch]  # what importing the package adds, as it does more that code of others calls
     replace: Callable[..., None]
     give_own: Callable[..., None]
+    compile_blocks: Callable[..., None]
 
     def __init__(self, config: StitchableConfig) -> None:
         super().__init__(config)
@@ -382,22 +382,6 @@ class StitchablePreTrainedModel(PreTrainedModel):
                 raise ValueError(f"stitch {stitch.id}: {error}") from None
             self.own[str(stitch.id)] = parts.train(self.training)
 
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile each block of each anchor in place, with the arguments of `torch.compile`.
-
-        Compiled whole, the model would be compiled anew for every stitch; blocks that are alike share their code.
-        """
-        seen = [(chain, self.anchors[index]) for index, chain in self.chains.items()]
-        blocks = [block for chain, anchor in seen for block in chain.modules_of(anchor).values()]
-        # Torch counts the versions of all blocks of a class together and gives up beyond 8, but every rate of drop path
-        # makes a version of its own: so 8 for each block.
-        options = {"recompile_limit": 8 * len(blocks), **options}
-        parts: Any = self.own.values()
-        seen = [(self.chains[run[0]], own.seen(*run)) for own in parts for run in own.views]
-        blocks += [block for chain, anchor in seen for block in chain.modules_of(anchor).values()]
-        for block in dict.fromkeys(blocks):
-            block.compile(**options)
-
     @torch.no_grad()
     def extract(self, stitch_id: int | None = None, *, cascade: int | None = None) -> "StitchablePreTrainedModel":
         """A model of its own with a copy of only the weights of a stitch or cascade; it saves and loads like any other.
@@ -461,8 +445,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
             with writing(save_directory, weights, kwargs.get("variant"), lambda x: load_offloaded_parameter(self, x)):
                 super().save_pretrained(save_directory, is_main_process, {}, *rest, **kwargs)
         if is_main_process:
-            for model_class in {type(self.anchors[index]) for index in self.chains} & {*OWN_CLASSES.values()}:
-                custom_object_save(model_class, save_directory)
+            for name in sorted(set().union(*(self.shapes[index].code for index in self.chains))):
+                custom_object_save(OWN_CODE[name], save_directory)
             if push_to_hub:
                 options |= {"token": kwargs["token"]} if "token" in kwargs else {}
                 self.push_to_hub(repo_id or Path(save_directory).name, **options)
@@ -499,8 +483,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         if not config.anchors:  # transformers makes an empty config where there is none
             raise ValueError(f"{source} has no config.json of a stitchable model")
         anchors, stitches = _described(config)
-        classes = {anchors[segment.anchor].class_ for stitch in stitches for segment in stitch.route}
-        cls._load_own_classes({name for name in classes if name}, source, trust_remote_code, hub)
+        code = [anchors[segment.anchor].code for stitch in stitches for segment in stitch.route]
+        cls._load_own_code(set().union(*code), source, trust_remote_code, hub)
         files = find_shards(source, _needed_weights(anchors, stitches), variant=kwargs.get("variant"), **hub)
         adapter, place = find_adapter(source, **hub), source
         if config.left_out and adapter is not None:
@@ -534,17 +518,20 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return type(given).from_dict(given.to_dict(), **part) if part else given, kwargs
 
     @classmethod
-    def _load_own_classes(cls, references: set[str], source: Any, trust: bool, hub: Mapping[str, Any]) -> None:
-        """Make the classes that the anchors name known, from the files of the checkpoint where that is trusted."""
+    def _load_own_code(cls, references: set[str], source: Any, trust: bool, hub: Mapping[str, Any]) -> None:
+        """Make what the anchors name "file.Name" known, from the files of the checkpoint where that is trusted."""
         # Code that travelled with the checkpoint runs because somebody trusted it.
         trust = trust or cls.__module__.startswith("transformers_modules.")
         where = {name: value for name, value in hub.items() if name != "subfolder"}
-        for reference in sorted(references - set(OWN_CLASSES)):
+        for reference in sorted(references - set(OWN_CODE)):
             if not trust:
                 file = f"{reference.split('.')[0]}.py"
                 fix = "read it and pass trust_remote_code=True, or import the file that registers them"
                 raise ValueError(f"{source} brings models of its own in {file}; {fix}")
-            OWN_CLASSES[reference] = get_class_from_dynamic_module(reference, source, **where)
+            try:
+                OWN_CODE[reference] = get_class_from_dynamic_module(reference, source, **where)
+            except AttributeError as error:
+                raise ValueError(f"{source} names {reference}, which its file lacks: {error}") from error
 
     def _check_saveable(self, weights: Mapping[str, Any]) -> None:
         """Refuse weights of other names or shapes than the config describes: they could not be loaded again."""

@@ -47,6 +47,8 @@ class Teaching:
         temperature: of the logits that are compared.
         features: weight of the squared error of the features at the last layer, in parts of their variance.
         labels: weight of the cross entropy with labels, where the batches have them.
+        batch_statistics: whether batch norms normalise by the batch meanwhile, and take up its statistics; else by the
+            statistics of the anchor. Batches of few images, or of another size, say little of what the norms will see.
     """
 
     steps: int = 600
@@ -55,6 +57,7 @@ class Teaching:
     temperature: float = 2.0
     features: float = 1.0
     labels: float = 0.0
+    batch_statistics: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what teaches nothing."""
@@ -178,7 +181,7 @@ def _teach(
     pupils = sorted(pupils, key=lambda pupil: len(pupil.front))  # so that each front goes on behind the one before
     with evaluation_mode(model), _trainable(model, [each for pupil in pupils for each in pupil.parameters]):
         for pupil in pupils:
-            pupil.own.train()
+            pupil.own.train(teaching.batch_statistics)
         for _ in range(teaching.steps):
             pixel_values, labels = unpack_batch(next(batches), labels="optional")
             shared = _Shared(model, pixel_values.to(model.device))

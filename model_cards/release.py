@@ -15,7 +15,6 @@ anchor at its end teaches it: no label is looked at before the stitches are meas
 """
 
 import argparse
-import copy
 import difflib
 import hashlib
 import itertools
@@ -49,7 +48,6 @@ from stitchable.evaluation import run_batches  # noqa: E402
 from stitchable.front import Judgement, paired_interval  # noqa: E402
 from stitchable.latency import calibrate  # noqa: E402
 from stitchable.model.routes import find_stitch  # noqa: E402
-from stitchable.own import recalibrate_batch_norms  # noqa: E402
 from stitchable.processing import image_processor, to_rgb  # noqa: E402
 from stitchable.publishing import check_new_folder, save_repository  # noqa: E402
 from stitchable.selection import score_stitches  # noqa: E402
@@ -58,11 +56,10 @@ from stitchable.training.own import Teaching, augmented, teach_stitches  # noqa:
 from stitchable.training.processes import RunStopped  # noqa: E402
 from stitchable.training.resuming import weights_digest  # noqa: E402
 from stitchable.training.train import train  # noqa: E402
-from stitchable.training.tuning import in_batches  # noqa: E402
 
 Model = stitchable.StitchableForImageClassification
 
-FIT_ON, SCORE_ON, STATISTICS_ON = 500, 200, 500  # images
+FIT_ON, SCORE_ON = 500, 200  # images
 FITTED = 2000  # images that measure the stitches after least squares alone, at most
 TOGETHER = 9  # stitches that are taught at a time, sharing the passes of their teacher
 EVALUATED = 100  # images of a batch that is measured
@@ -87,7 +84,7 @@ class Release:
         image_size: pixels; None for the networks' own.
         stages: which are stitched; None for the default.
         number: how many stitches `select` keeps; None for all.
-        taught_at: pixels, where teaching at the anchors' own size would take too long.
+        autocast: whether to teach in bfloat16, where that is much quicker.
         train_images: at most, the first of them.
         named: whether the data's names of the classes are the model's; else these are the networks' own.
     """
@@ -106,7 +103,7 @@ class Release:
     image_size: int | None = None
     stages: tuple[int, ...] | None = None
     number: int | None = None
-    taught_at: int | None = None
+    autocast: bool = False
     train_images: int = 10_000
     named: bool = False
 
@@ -129,7 +126,7 @@ RELEASES = {
         split="test",
         crop_pct=1.0,
         license="bsd-2-clause",
-        teaching=Teaching(steps=200, rank=64),
+        teaching=Teaching(steps=600, rank=64),
         batch_size=64,
         stages=(0, 1, 2),
         named=True,
@@ -144,11 +141,12 @@ RELEASES = {
         split="validation",
         crop_pct=0.875,
         license=None,
-        teaching=Teaching(steps=120, rank=64),
+        # 32 images say little of the statistics of ImageNet's features, which the anchors' are of.
+        teaching=Teaching(steps=240, rank=64, learning_rate=5e-4, batch_statistics=False),
         batch_size=32,
         image_size=224,
         number=8,
-        taught_at=160,
+        autocast=True,
     ),
 }
 DIGITS = "digits"
@@ -230,8 +228,6 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
     unfinished = output.with_name(f"{output.name}-unfinished")
     is_resumed = (unfinished / "taught").exists()
     seconds = teach(release, model, train, ids, unfinished / "taught")
-    if release.taught_at is not None:  # statistics are those of images of another size
-        recalibrate_batch_norms(model, in_batches(pixel_values[:STATISTICS_ON], None, EVALUATED), ids)
     kept = keep_what_helps(model, fitted_scores, judges)
     say(f"nearer to the anchor at their end than by least squares alone, on images held out: {kept}")
     _, *judged = find_and_judge(model, held_out, dataset=release.dataset, split=release.split)
@@ -242,7 +238,7 @@ def make_release(release: Release, weights: Path | None, data: Path | None, outp
         "two_fold": dict(zip(("stitches", "stitches_and_cascades"), map(in_percent, judged), strict=True)),
         "cascades": len(model.cascades),
         "kept_what_was_taught": kept,
-        "teaching": {**asdict(release.teaching), "batch_size": release.batch_size},
+        "teaching": {**asdict(release.teaching), "batch_size": release.batch_size, "bfloat16": release.autocast},
         "seconds_of_teaching": None if is_resumed else round(seconds),  # of a run that was interrupted nobody knows
         "images": {"taught_on": len(train), "measured_on": len(test), "least_squares_on": min(FITTED, len(test))},
     }
@@ -322,18 +318,18 @@ def teach(release: Release, model: Any, train: Dataset, ids: list[int], folder: 
 
     Where an earlier run left stitches in the folder, these are not taught again.
     """
-    config = copy.deepcopy(model.config)
-    if release.taught_at is not None:  # convolutions take images of any size
-        config.image_size = (release.taught_at, release.taught_at)
-    pixel_values = pixels(train, release.image_column, image_processor(config, crop_pct=release.crop_pct))
-    batches = augmented(pixel_values, None, config, release.batch_size)
+    processor = image_processor(model.config, crop_pct=release.crop_pct)
+    batches = augmented(pixels(train, release.image_column, processor), None, model.config, release.batch_size)
     started, numbers = time.monotonic(), itertools.count(1)
 
     def after(stitch_id: int) -> None:
         minutes = (time.monotonic() - started) / 60
         say(f"stitch {stitch_id} is taught, {next(numbers)} of {len(ids)}, {minutes:.1f} minutes")
 
-    teach_stitches(model, batches, ids, release.teaching, folder=folder, after=after, together=TOGETHER)
+    model.to(memory_format=torch.channels_last)  # in which convolutions of many groups run faster
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=release.autocast):
+        teach_stitches(model, batches, ids, release.teaching, folder=folder, after=after, together=TOGETHER)
+    model.to(memory_format=torch.contiguous_format)
     return time.monotonic() - started
 
 

@@ -45,6 +45,7 @@ import stitchable  # noqa: E402
 from stitchable.card import CARD, FIGURE, SAMPLE, Card  # noqa: E402
 from stitchable.cascades import find_and_judge  # noqa: E402
 from stitchable.evaluation import run_batches  # noqa: E402
+from stitchable.fingerprints import remember  # noqa: E402
 from stitchable.front import Judgement, paired_interval  # noqa: E402
 from stitchable.latency import calibrate  # noqa: E402
 from stitchable.model.routes import find_stitch  # noqa: E402
@@ -56,6 +57,7 @@ from stitchable.training.own import Teaching, augmented, teach_stitches  # noqa:
 from stitchable.training.processes import RunStopped  # noqa: E402
 from stitchable.training.resuming import weights_digest  # noqa: E402
 from stitchable.training.train import train  # noqa: E402
+from stitchable.training.tuning import describe, in_batches  # noqa: E402
 
 Model = stitchable.StitchableForImageClassification
 
@@ -319,16 +321,19 @@ def teach(release: Release, model: Any, train: Dataset, ids: list[int], folder: 
     Where an earlier run left stitches in the folder, these are not taught again.
     """
     processor = image_processor(model.config, crop_pct=release.crop_pct)
-    batches = augmented(pixels(train, release.image_column, processor), None, model.config, release.batch_size)
+    pixel_values = pixels(train, release.image_column, processor)
+    remember(model.config, in_batches(pixel_values, None))
+    batches = augmented(pixel_values, None, model.config, release.batch_size)
     started, numbers = time.monotonic(), itertools.count(1)
 
     def after(stitch_id: int) -> None:
         minutes = (time.monotonic() - started) / 60
         say(f"stitch {stitch_id} is taught, {next(numbers)} of {len(ids)}, {minutes:.1f} minutes")
 
+    data = describe(pixel_values, None, release.batch_size)
     model.to(memory_format=torch.channels_last)  # in which convolutions of many groups run faster
     with torch.autocast(model.device.type, torch.bfloat16, enabled=release.autocast):
-        teach_stitches(model, batches, ids, release.teaching, folder=folder, after=after, together=TOGETHER)
+        teach_stitches(model, batches, ids, release.teaching, folder=folder, data=data, after=after, together=TOGETHER)
     model.to(memory_format=torch.contiguous_format)
     return time.monotonic() - started
 

@@ -656,8 +656,9 @@ def serve(
     from stitchable.publishing import processor_of
     from stitchable.serving.engine import Engine
 
-    if slo_ms <= 0:
+    if not 0 < slo_ms < float("inf"):
         raise ValueError(f"--slo-ms must be above 0, got {slo_ms:g}")
+    http.check_token(token)
     if ray:
         common = {"slo_ms": slo_ms, "token": token, "threads": threads, "trust_remote_code": trust_remote_code}
         _serve_on_ray(model, host, port, replicas, num_gpus=float(device.startswith("cuda")), **common)
@@ -694,7 +695,7 @@ def simulate(
     from stitchable.serving.choices import choices_of
     from stitchable.serving.traces import KINDS, make_trace, read_trace
 
-    if slo_ms <= 0:
+    if not 0 < slo_ms < float("inf"):
         raise ValueError(f"--slo-ms must be above 0, got {slo_ms:g}")
     if output is not None and output.exists():
         raise ValueError(f"{output} exists; choose another name, or remove it")

@@ -135,7 +135,7 @@ def test_a_run_goes_on_behind_the_stitches_that_are_finished(tmp_path: Path) -> 
     assert drawn == [3, 4]
     teach_stitches(whole, endless, [2], TEACHING)
     assert torch.equal(fresh(images("resnet"), stitch_id=2).logits, model(images("resnet"), stitch_id=2).logits)
-    with pytest.raises(ValueError, match=r"stitch-2.safetensors is of another run, of other weights or settings"):
+    with pytest.raises(ValueError, match=r"stitch-2.safetensors is of another run, of other weights, settings or images"):
         teach_stitches(make("resnet", 9), endless, [2], TEACHING, folder=tmp_path)
     (tmp_path / "stitch-3.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="is no finished stitch"):
@@ -143,7 +143,7 @@ def test_a_run_goes_on_behind_the_stitches_that_are_finished(tmp_path: Path) -> 
 
 
 def test_augmented_images_are_flipped_and_shifted_and_drawn_for_each_stitch() -> None:
-    config = make("vit").config
+    config = make("vit", num_labels=10).config
     x, labels = images("vit", 10), torch.arange(10)
     batches = augmented(x, labels, config, batch_size=4)
     first, again, other = (list(islice(batches(stitch_id), 5)) for stitch_id in (2, 2, 3))
@@ -238,8 +238,15 @@ def test_bad_input() -> None:
     assert not len(model.own)
     with pytest.raises(ValueError, match="at least two batches, one to judge them by; got 1"):
         recalibrate_batch_norms(make("resnet"), [images("resnet")])
-    with pytest.raises(ValueError, match="steps and rank must be at least 1"):
-        Teaching(steps=0)
+    unchanged = make("resnet")
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        recalibrate_batch_norms(unchanged, [images("resnet", 1)[..., :8, :8]] * 4, [2])
+    assert not len(unchanged.own)
+    for wrong in ({"steps": 0}, {"learning_rate": float("nan")}, {"features": -1.0}, {"labels": float("inf")}):
+        with pytest.raises(ValueError, match="steps and rank must be at least 1"):
+            Teaching(**wrong)
+    with pytest.raises(ValueError, match="the batches end after 2 of 3 steps"):
+        teach_stitch(model, 2, iter([images("vit")] * 2), TEACHING)
     with pytest.raises(ValueError, match="the model takes images of 3x32x32, these are 3x24x24"):
         augmented(torch.zeros(200, 3, 24, 24), None, model.config)
     with pytest.raises(ValueError, match="100 images are fewer than a batch of 128"):

@@ -128,19 +128,19 @@ def test_an_interrupted_release_goes_on_behind_the_stitches_that_are_taught(
     assert (make(release, tiny, data, tmp_path, monkeypatch) / "model.safetensors.index.json").exists()
 
 
-def test_selected_stitches_are_taught_at_another_size_and_judged_by_the_line(
+def test_selected_stitches_are_taught_in_bfloat16_and_judged_by_the_line(
     release, tiny, data, tmp_path, monkeypatch
 ) -> None:
     seen = []
     teach = release.teach_stitches
 
-    def watched(model: Any, batches: Any, *given: Any, **options: Any) -> None:
-        seen.append(next(batches(2))["pixel_values"].shape[-2:])
-        teach(model, batches, *given, **options)
+    def watched(model: Any, *given: Any, **options: Any) -> None:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        teach(model, *given, **options)
 
     monkeypatch.setattr(release, "teach_stitches", watched)
-    folder = make(release, tiny, data, tmp_path, monkeypatch, number=2, taught_at=24)
-    assert seen == [(24, 24)]
+    folder = make(release, tiny, data, tmp_path, monkeypatch, number=2, autocast=True)
+    assert seen == [True]
     model = StitchableForImageClassification.from_pretrained(folder)
     assert len(model.stitches) <= 4
     assert tuple(model.config.image_size) == (32, 32)

@@ -363,6 +363,24 @@ def test_a_device_that_fails_costs_one_batch(served) -> None:
     check(served.client.post("/v1/classify", content=noise(0)), served, noise(0))
 
 
+def test_a_loop_that_ends_by_a_fault_leaves_nobody_waiting(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a fault of ours")
+
+    with Served() as served, ThreadPoolExecutor(2) as pool:
+        with served.busy_device():
+            first = pool.submit(served.client.post, "/v1/classify", content=noise(0))
+            served.wait_for_a_batch()
+            second = pool.submit(served.client.post, "/v1/classify", content=noise(1))
+            wait_for(lambda: served.engine.queue_length == 1)
+            monkeypatch.setattr(served.engine.policy, "decide", fail)
+        check(first.result(), served, noise(0))
+        for answer in (second.result(), served.client.post("/v1/classify", content=noise(2))):
+            assert answer.status_code == 503
+            assert "must be started again" in answer.json()["detail"]
+        assert served.client.get("/readyz").status_code == 503
+
+
 def test_a_client_that_hangs_up_is_not_computed_for(served) -> None:
     def gone() -> int:
         return served.engine.statistics.last_minute()["ends"].get("gone", 0)
@@ -395,6 +413,19 @@ def test_connections_that_send_nothing_do_not_block_others(served, monkeypatch) 
         assert connection.recv(1) == b""  # closed by the server
         connection.close()
     check(served.client.post("/v1/classify", content=noise(0)), served, noise(0))
+
+
+def test_a_connection_that_trickles_after_an_answer_is_closed(served, monkeypatch) -> None:
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.settimeout(LONG)
+        for _ in range(2):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n")
+            answer = b""
+            while b"}" not in answer:
+                answer += connection.recv(4096)
+        connection.sendall(b"G")  # and no more, for which uvicorn alone would wait
+        assert connection.recv(1) == b""
 
 
 def test_a_body_that_does_not_come_is_given_up(served, monkeypatch) -> None:
@@ -530,6 +561,8 @@ def test_the_command_says_what_is_wrong_before_it_serves(tmp_path) -> None:
             ((str(unmeasured), "--port", "0"), "has a measured accuracy"),
             ((str(unmeasured), "--port", port), f"cannot listen on 127.0.0.1:{port}: Address already in use"),
             ((str(unmeasured), "--slo-ms", "0"), "--slo-ms must be above 0"),
+            ((str(unmeasured), "--slo-ms", "nan"), "--slo-ms must be above 0"),
+            ((str(unmeasured), "--token", ""), "the token is empty"),
             ((str(unmeasured), "--ray", "--replicas", "0"), "--replicas must be a number from 1 on, or auto"),
             ((str(unmeasured), "--ray", "--replicas", "many"), "--replicas must be a number from 1 on, or auto"),
             (("no-such-folder", "--port", "0"), "find"),

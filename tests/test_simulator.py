@@ -64,6 +64,12 @@ def test_a_file_of_anything_else_is_refused(text, message, tmp_path) -> None:
 def test_a_trace_that_cannot_be_made_is_refused(kind, rate) -> None:
     with pytest.raises(ValueError, match="trace"):
         make_trace(kind, rate, 10)
+    with pytest.raises(ValueError, match=r"no request arrives in 1 s at 0\.0001 per second"):
+        make_trace("poisson", 0.0001, 1)
+    with pytest.raises(
+        ValueError, match="a trace is poisson, bursty, diurnal, or a file of arrival times; there is no"
+    ):
+        read_trace("poison")
 
 
 def test_a_trace_by_hand() -> None:

@@ -17,13 +17,11 @@ from stitchable.training.sampling import StitchSampler
 from stitchable.training.trainer import StitchTrainer
 from test_distributed import TESTS, launch
 
-OURS = {"sampler", "stitches_per_step", "anchor_probability"}
+OURS = {"sampler", "stitches_per_step", "anchor_probability", "own", "stitch_loss"}
 
 
 def trainer(folder: Path, family: str = "vit", **settings: object) -> StitchTrainer:
-    ours = {
-        name: settings.pop(name) for name in ("sampler", "stitches_per_step", "anchor_probability") & settings.keys()
-    }
+    ours = {name: settings.pop(name) for name in OURS & settings.keys()}
     x = images(family, 8)
     rows = [{"pixel_values": pixels, "labels": number % 5} for number, pixels in enumerate(x)]
     options = {"max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 3, "learning_rate": 1e-2, **settings}
@@ -112,10 +110,31 @@ def test_several_stitches_share_a_batch(tmp_path) -> None:
 def test_what_stitches_cannot_share_is_refused_or_left_out(tmp_path) -> None:
     with pytest.raises(ValueError, match="must divide per_device_train_batch_size, which is 3"):
         trainer(tmp_path, stitches_per_step=2, per_device_train_batch_size=3)
-    with pytest.raises(ValueError, match="are those of the sampler where one is given"):
+    with pytest.raises(ValueError, match="are for a sampler that is made here"):
         trainer(tmp_path, sampler=StitchSampler(make("vit").stitches), anchor_probability=0.5)
     training = trainer(tmp_path, stitches_per_step=3, per_device_train_batch_size=6)  # 6 images, then 2
     assert training.train().global_step == 6
+
+
+def test_own_parameters_leave_the_anchors_as_they_are(tmp_path) -> None:
+    training = trainer(tmp_path, own=2, stitches_per_step=2, max_steps=4)
+    model = training.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    training.train()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    drawn = {i for step in range(4) for i in training.sampler.draw(step)}
+    assert drawn
+    assert all(model.stitches[i].own for i in drawn)
+    assert {name.split(".")[1] for name in moved if name.startswith("own.")} == {str(i) for i in drawn}
+    assert all(name.startswith("own.") for name in moved)
+    training.save_model(str(tmp_path / "saved"))
+    loaded = StitchableForImageClassification.from_pretrained(tmp_path / "saved")
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    with pytest.raises(ValueError, match="so they have no anchor_probability"):
+        trainer(tmp_path, own=2, anchor_probability=0.5)
+    with pytest.raises(ValueError, match="for a sampler that is made here"):
+        trainer(tmp_path, own=2, sampler=training.sampler)
 
 
 def test_the_statistics_of_batch_norms_stay(tmp_path) -> None:

@@ -3,20 +3,24 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from families import images, make
 from stitchable import StitchableForImageClassification
 from stitchable.card import Card
+from stitchable.fingerprints import Watch
+from stitchable.own import forget
 from stitchable.processing import image_processor
 from stitchable.publishing import save_repository
-from stitchable.training.own import Teaching, teach_stitches
+from stitchable.training.own import Teaching, teach_together
 from stitchable.training.tuning import first_images, tune
 from stitchable_cli import app
 
@@ -42,8 +46,52 @@ def test_what_helps_is_kept_and_the_rest_taken_back(name: str) -> None:
             if stitch.id in scores:
                 first, then = scores[stitch.id]
                 assert then == pytest.approx(agreed)
-                assert then > first or (stitch.own is None) or then == first
+                assert (stitch.own is not None) == (then > first)
     assert any(stitch.own for stitch in model.stitches)
+
+
+def test_what_was_known_of_a_stitch_that_got_better_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("resnet")
+    for stitch in model.stitches:
+        model.record(stitch.id, metrics={"accuracy": 0.5})
+    first = {"score": "margin", "threshold": 0.5}
+    costs = [stitch.flops for stitch in model.stitches]
+    model.cascades = [
+        {"id": number, "stages": [{"stitch": a, "flops": costs[a], **first}, {"stitch": b, "flops": costs[b]}]}
+        | {"flops": costs[a], "max_flops": costs[a] + costs[b], "metrics": {"accuracy": 0.5}}
+        for number, (a, b) in enumerate(((0, 1), sorted((1, 2), key=costs.__getitem__)))
+    ]
+    forget(model, [2])
+    assert [cascade.id for cascade in model.cascades] == [0]
+    assert "1 of 2 cascades run a stitch that has changed and are dropped" in caplog.text
+    assert [stitch.id for stitch in model.stitches if not stitch.metrics] == [2]
+
+
+@pytest.mark.parametrize(
+    ("number", "labels", "options", "message"),
+    [
+        (4, None, {"batch_size": 2}, "at least 5 are needed, got 4"),
+        (20, None, {"batch_size": 0}, "a batch_size from 1 on"),
+        (20, None, {"batch_size": 2.5}, "batch_size must be an integer"),
+        (20, torch.zeros(12, dtype=torch.long), {"batch_size": 4}, "there are 16 images and 8 labels"),
+        (20, torch.full((20,), 7), {"batch_size": 4}, "from 0 to 4, these are 7 to 7"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_refused(
+    number: int, labels: torch.Tensor | None, options: dict[str, Any], message: str
+) -> None:
+    model = make("vit")
+    with pytest.raises(ValueError, match=message):
+        tune(model, images("vit", number), labels, [2], Teaching(steps=1, rank=2), **options)
+    assert not len(model.own)
+
+
+def test_what_taught_is_remembered() -> None:
+    model, x = make("vit"), images("vit", 40)
+    tune(model, x, None, [2], Teaching(steps=1, rank=2), batch_size=16)
+    watch = Watch([x], model.config)
+    assert len(list(watch)) == 1
+    assert watch.num_known == 40
 
 
 def test_by_labels() -> None:
@@ -91,13 +139,31 @@ def run(*arguments: object, fails: bool = False) -> str:
     return result.stderr if fails else result.stdout
 
 
-def test_the_command_makes_a_folder_better(folder: Path, photographs: Path) -> None:
+class Interrupted:
+    """Teaches so many stitches, and then is interrupted."""
+
+    def __init__(self, teach: Any, number: int = 1) -> None:
+        self.teach, self.number, self.taught = teach, number, list[int]()
+
+    def __call__(self, model: Any, stitch_ids: list[int], *given: Any) -> Any:
+        if len(self.taught) == self.number:
+            raise ValueError("interrupted")
+        self.taught += stitch_ids
+        return self.teach(model, stitch_ids, *given)
+
+
+def test_the_command_makes_a_folder_better(folder: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = StitchableForImageClassification.from_pretrained(folder)
     options = ["--images", photographs, "--steps", 3, "--rank", 2, "--batch-size", 16, "--stitches", "2,3"]
-    # As if it had been interrupted behind the first of them.
-    teach_stitches(before, lambda _: iter([images("resnet", 8)] * 3), [2], Teaching(3, 2), folder=f"{folder}-tune")
-    taught = {name: tensor.clone() for name, tensor in before.own.state_dict().items()}
+    with monkeypatch.context() as patch:  # it is interrupted behind the first of them
+        patch.setattr("stitchable.training.own.teach_together", interrupted := Interrupted(teach_together))
+        run(folder, *options, fails=True)
+    assert interrupted.taught == [2]
+    taught = load_file(f"{folder}-tune/stitch-2.safetensors")
+    assert "of other weights, settings or images" in run(folder, *options, "--num-images", 30, fails=True)
+    monkeypatch.setattr("stitchable.training.own.teach_together", interrupted := Interrupted(teach_together, 9))
     scores = json.loads(run(folder, *options, "--json"))
+    assert interrupted.taught == [3]
     assert set(scores) == {"2", "3"}
     assert not Path(f"{folder}-tune").exists()
     model = StitchableForImageClassification.from_pretrained(folder)
@@ -106,7 +172,8 @@ def test_the_command_makes_a_folder_better(folder: Path, photographs: Path) -> N
     kept = [stitch.id for stitch in model.stitches if stitch.own]
     assert kept
     if 2 in kept:
-        assert torch.equal(model.own.state_dict()[key := next(k for k in taught if k.endswith(".up"))], taught[key])
+        key = next(name for name in taught if name.endswith(".up"))
+        assert torch.equal(model.own.state_dict()[f"2.{key}"], taught[key])
     assert all("agreement" in stitch.metrics for stitch in model.stitches)
     assert all("accuracy" not in model.stitches[i].metrics for i in kept)
     assert "tiny" in str(ModelCard.load(folder / "README.md"))

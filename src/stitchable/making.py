@@ -23,7 +23,6 @@ from stitchable.card import Card
 from stitchable.cascades import find_and_judge, stages_in_words
 from stitchable.evaluation import evaluation_mode
 from stitchable.families.registry import run_modules
-from stitchable.fingerprints import remember
 from stitchable.front import Judgement
 from stitchable.images import read_batches, why_no_labels
 from stitchable.initialization import initialize_stitches
@@ -343,7 +342,6 @@ def teach(run: Run) -> str:
         arguments = images.pixel_values, images.labels, [stitch_id], teaching
         scores |= tune(run.model, *arguments, batch_size=size, folder=run.work / "taught")
         slowest = max(slowest, time.monotonic() - start)
-    remember(run.model.config, images.batches(len(images.pixel_values)))
     late = len(wanted) - len(scores)
     helped = sum(after > before for before, after in scores.values())
     said = f"; no time for the other {late}, which stay as least squares made them" if late else ""

@@ -60,9 +60,13 @@ def recalibrate_batch_norms(
             if stitch_ids is None:
                 continue
             raise ValueError(f"stitch {stitch_id} runs no batch norm behind its first joint, so it has no statistics")
-        before = _score(model, stitch_id, teacher, held_out)
-        _collect(model, stitch_id, norms, [pixel_values for pixel_values, _ in given[: -len(held_out)]])
-        scores[stitch_id] = before, _score(model, stitch_id, teacher, held_out)
+        try:
+            before = _score(model, stitch_id, teacher, held_out)
+            _collect(model, stitch_id, norms, [pixel_values for pixel_values, _ in given[: -len(held_out)]])
+            scores[stitch_id] = before, _score(model, stitch_id, teacher, held_out)
+        except BaseException:
+            give_back()
+            raise
         if scores[stitch_id][1] <= before:
             give_back()
     if not scores:
@@ -118,6 +122,21 @@ def _score(
                 labels = model.run_head(teacher[-1].anchor, features).argmax(-1)
             right.append(model(pixel_values, stitch_id=stitch_id).logits.argmax(-1) == labels.to(model.device))
     return float(torch.cat(right).float().mean())
+
+
+def forget(model: StitchableForImageClassification, stitch_ids: Iterable[int]) -> None:
+    """Drop what was measured of stitches that have changed since: their metrics, and the cascades that run one."""
+    changed = set(stitch_ids)
+    for stitch_id in changed:
+        model.record(stitch_id, metrics={})
+    stages = [{stage["stitch"] for stage in cascade["stages"]} for cascade in model.config.cascades]
+    left = [cascade for cascade, ran in zip(model.config.cascades, stages, strict=True) if not ran & changed]
+    if len(left) < len(stages):
+        logger.warning(
+            f"{len(stages) - len(left)} of {len(stages)} cascades run a stitch that has changed and are dropped; "
+            "stitchable.find_cascades finds new ones"
+        )
+        model.cascades = left
 
 
 def ids_to_teach(model: StitchableForImageClassification, stitch_ids: Sequence[int] | None) -> list[int]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor
+from transformers.utils import logging
 
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
 from stitchable.serving.choices import choices_of, front_of
@@ -20,6 +21,9 @@ from stitchable.serving.images import reader
 from stitchable.serving.policy import Choice, Plan, Policy, Request
 from stitchable.serving.statistics import Statistics
 
+logger = logging.get_logger(__name__)
+
+_FAILED = "this server has failed and must be started again"
 _DECODERS = 2  # threads
 _WARM_UP = 10.0  # seconds, of which a large model on a CPU could spend minutes
 _WAY = 0.002  # seconds that a request and its answer spend in HTTP at the least, which are the deadline's too
@@ -97,6 +101,7 @@ class Engine:
         self._warm_up()
         self.check_target(target)
         self._queue: list[_Waiting] = []
+        self._running: list[_Waiting] = []
         self._inside = 0  # requests that are decoded, wait or run
         self._wake = asyncio.Event()
         self._stopping = False
@@ -140,13 +145,23 @@ class Engine:
         """Begin to answer, on the running event loop."""
         sys.setswitchinterval(_SWITCH)
         self._loop = asyncio.get_running_loop().create_task(self._run())
+        self._loop.add_done_callback(self._fail)
+
+    def _fail(self, loop: "asyncio.Task[None]") -> None:
+        """Leave nobody waiting for a loop that has ended by a fault of ours."""
+        if loop.cancelled() or loop.exception() is None:
+            return
+        logger.error(f"the loop of the server has ended: {loop.exception()!r}")
+        for waiting in (*self._queue, *self._running):
+            if not waiting.answer.done():
+                waiting.answer.set_exception(Unavailable(_FAILED))
 
     async def drain(self) -> None:
         """Take no more requests, answer all that were taken, and stop."""
         self._stopping = True
         self._wake.set()
         if self._loop is not None:
-            await self._loop
+            await asyncio.wait([self._loop])
         self._decoders.shutdown()
         self._device.shutdown()
 
@@ -166,8 +181,8 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         arrived = _now()
-        if self._stopping:
-            raise Unavailable("this server is stopping")
+        if self._stopping or self.has_failed:
+            raise Unavailable(_FAILED if self.has_failed else "this server is stopping")
         if self._inside >= self.policy.max_queue:
             self.statistics.ended("refused")
             raise Unavailable(f"the queue is full: {self._inside} requests wait")
@@ -177,6 +192,8 @@ class Engine:
         self._inside += 1
         try:
             pixel_values = await loop.run_in_executor(self._decoders, self.read, content)
+            if self.has_failed:
+                raise Unavailable(_FAILED)
             waiting = _Waiting(request, arrived, deadline, pixel_values, loop.create_future())
             insort(self._queue, waiting, key=lambda other: other.request.deadline)
             self._wake.set()
@@ -185,6 +202,9 @@ class Engine:
             return answer
         except asyncio.CancelledError:
             self.statistics.ended("gone")
+            raise
+        except ValueError:
+            self.statistics.ended("invalid")
             raise
         finally:
             self._inside -= 1
@@ -201,8 +221,8 @@ class Engine:
                 if self._inside or not self._stopping:
                     await self._wake.wait()
                 continue
-            batch, self._queue = self._queue[: plan.size], self._queue[plan.size :]
-            await self._answer(batch, plan, plan.choice)
+            self._running, self._queue = self._queue[: plan.size], self._queue[plan.size :]
+            await self._answer(self._running, plan, plan.choice)
 
     async def _answer(self, batch: Sequence[_Waiting], plan: Plan, choice: Choice) -> None:
         loop = asyncio.get_running_loop()

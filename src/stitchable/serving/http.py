@@ -31,7 +31,11 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
         engine: not started; it starts and drains with the application.
         title: what to call the model.
         token: that /v1, /hub and /metrics ask for as "Authorization: Bearer TOKEN"; None for nothing.
+
+    Raises:
+        ValueError: an empty token, which would let everybody in.
     """
+    check_token(token)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -40,7 +44,7 @@ def create_app(engine: Engine, title: str, token: str | None = None) -> FastAPI:
         await engine.drain()
 
     app = FastAPI(title=f"stitchable: {title}", version=stitchable.__version__, lifespan=lifespan)
-    guarded = APIRouter(dependencies=[Depends(_guard(token))] if token else [], responses=ERRORS)
+    guarded = APIRouter(dependencies=[] if token is None else [Depends(_guard(token))], responses=ERRORS)
     _add_classification(guarded, engine)
     _add_information(guarded, engine, title)
     _add_health(app, engine)
@@ -60,11 +64,15 @@ def _add_classification(app: APIRouter, engine: Engine) -> None:
 
     async def answer(request: Request) -> tuple[Answer, list[Label]]:
         try:
-            async with inbox.body(request) as body:
-                content, options = await unpack(request.headers, body)
-                wishes = Wishes.read({**request.query_params, **options})
-                work = engine.classify(content, wishes.seconds, wishes.permits(engine))
-                found = await _unless_gone(request, work)
+            try:
+                async with inbox.body(request) as body:
+                    content, options = await unpack(request.headers, body)
+                    wishes = Wishes.read({**request.query_params, **options})
+                    permits = wishes.permits(engine)
+            except ValueError:
+                engine.statistics.ended("invalid")
+                raise
+            found = await _unless_gone(request, engine.classify(content, wishes.seconds, permits))
         except (ValueError, RuntimeError, Unavailable, ClientDisconnect) as error:
             raise refusal(error) from error
         best = nlargest(wishes.top_k, range(len(names)), found.scores.__getitem__)
@@ -181,6 +189,12 @@ def class_names(engine: Engine) -> list[str]:
     """The classes in order."""
     labels = engine.model.config.id2label or {}
     return [labels[number] for number in sorted(labels)]
+
+
+def check_token(token: str | None) -> None:
+    """Refuse with a ValueError an empty token, as of a variable that is not set."""
+    if token is not None and not token.strip():
+        raise ValueError("the token is empty; leave it out, or give one")
 
 
 def _guard(token: str) -> Any:

@@ -74,7 +74,7 @@ class Replica:
 
     async def answer(self, request: Message) -> Message:
         """Run the application on one request."""
-        if not self.engine.is_ready:
+        if not (self.engine.is_ready or self.engine.has_failed):  # which waits to be replaced
             self.engine.start()
         scope = {"type": "http", "http_version": "1.1", "scheme": "http", "headers": request.headers, **request.head}
         coming = [{"type": "http.request", "body": request.body, "more_body": False}]

@@ -44,7 +44,7 @@ class Choosable(BaseModel):
 class Target(BaseModel):
     """What the server holds."""
 
-    slo_ms: float = Field(gt=0, allow_inf_nan=False)
+    slo_ms: float = Field(gt=0, le=3.6e6, allow_inf_nan=False)
 
 
 class Status(BaseModel):

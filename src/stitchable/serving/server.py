@@ -12,14 +12,25 @@ _DRAIN_SECONDS = 60  # for connections after SIGTERM; requests themselves take n
 
 
 class ImpatientProtocol(H11Protocol):
-    """Closes connections on which no request has begun within `IDLE_SECONDS`, for which uvicorn waits for ever."""
+    """Closes connections on which no request has begun within `IDLE_SECONDS`, or after an answer no other.
+
+    uvicorn waits for ever for the first, and once a byte of it has come, for every later one.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(IDLE_SECONDS, self._close_if_silent)
+        self._expect_a_request()
 
-    def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._expect_a_request()
+
+    def _expect_a_request(self) -> None:
+        self.loop.call_later(IDLE_SECONDS, self._close_if_silent, self.cycle)
+
+    def _close_if_silent(self, last: object) -> None:
+        if self.cycle is last and not self.transport.is_closing():
             self.transport.close()
 
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import prometheus_client as prometheus
 
-End = Literal["in_time", "late", "shed", "refused", "failed", "gone"]
-"""Of a request: "shed" could not be answered in time, "refused" met a full queue, of "gone" the client hung up."""
+End = Literal["in_time", "late", "shed", "refused", "failed", "gone", "invalid"]
+"""Of a request: "shed" could not be answered in time, "refused" met a full queue, of "gone" the client hung up,
+"invalid" was no image or no request."""
 
 _WINDOW = 60  # seconds
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)

@@ -15,14 +15,14 @@ def make_trace(kind: str, rate: float, seconds: float, seed: int = 0) -> Arrival
     """A trace of a kind, with `rate` requests per second on average.
 
     Args:
-        kind: "poisson"; "bursty", which is quiet most of the time and in bursts of one to five seconds 3 to 5 times the
-            mean; or "diurnal", a sine from 0.2 to 1.8 times the mean, one period long.
+        kind: "poisson"; "bursty", which is quiet most of the time and in bursts of one to three seconds 3 to 5 times
+            the mean; or "diurnal", a sine from 0.2 to 1.8 times the mean, one period long.
         rate: requests per second, the mean of the trace.
         seconds: its length.
         seed: of the draws.
 
     Raises:
-        ValueError: another kind, or a rate or length that is not above 0.
+        ValueError: another kind, a rate or length that is not above 0, or so little of them that no request arrives.
     """
     if kind not in KINDS:
         raise ValueError(f"a trace is {', '.join(KINDS)}, or a file of arrival times; got {kind!r}")
@@ -30,19 +30,25 @@ def make_trace(kind: str, rate: float, seconds: float, seed: int = 0) -> Arrival
         raise ValueError(f"rate and seconds of a trace must be above 0, got {rate} and {seconds}")
     rng = np.random.default_rng(seed)
     if kind == "poisson":
-        return _thinned(rng, seconds, rate, lambda t: np.full_like(t, rate))
-    if kind == "diurnal":
-        return _thinned(rng, seconds, 1.8 * rate, lambda t: rate * (1 - 0.8 * np.cos(2 * np.pi * t / seconds)))
-    edges, rates = _bursts(rng, rate, seconds)
-    return _thinned(rng, seconds, max(rates), lambda t: rates[np.searchsorted(edges, t, side="right") - 1])
+        arrivals = _thinned(rng, seconds, rate, lambda t: np.full_like(t, rate))
+    elif kind == "diurnal":
+        arrivals = _thinned(rng, seconds, 1.8 * rate, lambda t: rate * (1 - 0.8 * np.cos(2 * np.pi * t / seconds)))
+    else:
+        edges, rates = _bursts(rng, rate, seconds)
+        arrivals = _thinned(rng, seconds, max(rates), lambda t: rates[np.searchsorted(edges, t, side="right") - 1])
+    if not len(arrivals):
+        raise ValueError(f"no request arrives in {seconds:g} s at {rate:g} per second; make one of them larger")
+    return arrivals
 
 
 def read_trace(path: str | Path) -> Arrivals:
     """A file with one arrival time per line, in seconds; the first request comes at 0.
 
     Raises:
-        ValueError: no numbers, or not finite ones; says in which line.
+        ValueError: no such file, or no numbers, or not finite ones; says in which line.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"a trace is {', '.join(KINDS)}, or a file of arrival times; there is no file {path}")
     times = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():

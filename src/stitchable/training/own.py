@@ -6,6 +6,7 @@ be taught in any number and order, on as many machines as there are, and later.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,8 +62,11 @@ class Teaching:
 
     def __post_init__(self) -> None:
         """Refuse what teaches nothing."""
-        if min(self.steps, self.rank) < 1 or min(self.learning_rate, self.temperature) <= 0:
-            raise ValueError(f"steps and rank must be at least 1, learning_rate and temperature above 0, got {self}")
+        above = min(self.steps, self.rank) >= 1 and min(self.learning_rate, self.temperature) > 0
+        weights = self.learning_rate, self.temperature, self.features, self.labels
+        if not above or min(weights) < 0 or not all(map(math.isfinite, weights)):
+            problem = "steps and rank must be at least 1, learning_rate and temperature above 0"
+            raise ValueError(f"{problem}, the weights of features and labels not below 0, all finite, got {self}")
 
 
 def teach_stitches(
@@ -72,6 +76,7 @@ def teach_stitches(
     teaching: Teaching | None = None,
     *,
     folder: str | Path | None = None,
+    data: str = "",
     after: Callable[[int], None] | None = None,
     together: int = 1,
 ) -> None:
@@ -83,6 +88,7 @@ def teach_stitches(
         stitch_ids: which stitches; all but the anchors if None.
         teaching: how.
         folder: where each finished stitch is kept, so that a run can be interrupted between stitches; nowhere if None.
+        data: what identifies the images and the size of batches; stitches that others taught are not taken from folder.
         after: called with the id of each stitch once it is taught, or was by an earlier run.
         together: so many stitches learn from the same batches, those of the first of them. They share what runs
             without gradients, the teacher and the front, which is about half of the work; where a run is interrupted,
@@ -99,7 +105,7 @@ def teach_stitches(
     ids = ids_to_teach(model, stitch_ids)
     for stitch_id in ids:
         teacher_of(model, find_stitch(model.stitches, stitch_id))
-    kept = None if folder is None else _Kept(Path(folder), model, teaching)
+    kept = None if folder is None else _Kept(Path(folder), model, teaching, data)
     group: list[int] = []
     for stitch_id in logging.tqdm(ids, desc="teaching", leave=False):
         if kept is not None and kept.load(stitch_id):
@@ -182,8 +188,11 @@ def _teach(
     with evaluation_mode(model), _trainable(model, [each for pupil in pupils for each in pupil.parameters]):
         for pupil in pupils:
             pupil.own.train(teaching.batch_statistics)
-        for _ in range(teaching.steps):
-            pixel_values, labels = unpack_batch(next(batches), labels="optional")
+        for step in range(teaching.steps):
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"the batches end after {step} of {teaching.steps} steps; they have to go on for ever")
+            pixel_values, labels = unpack_batch(batch, labels="optional")
             shared = _Shared(model, pixel_values.to(model.device))
             for pupil in pupils:
                 pupil.learn(_loss(model, pupil, shared, labels, teaching))
@@ -251,10 +260,15 @@ def augmented(
             f"the model takes images of {'x'.join(map(str, size))}, these are "
             f"{'x'.join(map(str, pixel_values.shape[1:]))}; its image processor makes them so"
         )
-    if len(pixel_values) < batch_size:
+    if check_integer(batch_size, "batch_size") < 1 or len(pixel_values) < batch_size:
         raise ValueError(
-            f"{len(pixel_values)} images are fewer than a batch of {batch_size}; give more, or a batch_size"
+            f"{len(pixel_values)} images are fewer than a batch of {batch_size}; give more, or a batch_size from 1 on"
         )
+    if labels is not None and len(labels) != len(pixel_values):
+        raise ValueError(f"there are {len(pixel_values)} images and {len(labels)} labels")
+    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < config.num_labels:
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"labels are class numbers from 0 to {config.num_labels - 1}, these are {found}")
     black, padding = -torch.tensor(config.image_mean) / torch.tensor(config.image_std), min(config.image_size) // 8
 
     def batches(stitch_id: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -289,11 +303,12 @@ def _trainable(model: StitchableForImageClassification, parameters: Sequence[tor
 class _Kept:
     """The stitches that are finished, a file each."""
 
-    def __init__(self, folder: Path, model: StitchableForImageClassification, teaching: Teaching) -> None:
+    def __init__(self, folder: Path, model: StitchableForImageClassification, teaching: Teaching, data: str) -> None:
         self.folder, self.model = folder, model
         # Without what is a stitch's own, so that the others do not matter.
         weights = weights_digest(model.anchors) + weights_digest(model.stitching_layers)
-        self.run, self.rank = {"teaching": json.dumps(asdict(teaching)), "weights": weights}, teaching.rank
+        self.run = {"teaching": json.dumps(asdict(teaching)), "weights": weights, "data": data}
+        self.rank = teaching.rank
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, stitch_id: int) -> bool:
@@ -309,7 +324,7 @@ class _Kept:
             raise ValueError(f"{path} is no finished stitch ({error}); remove it") from error
         if run != self.run:
             raise ValueError(
-                f"{path} is of another run, of other weights or settings; remove {self.folder} to begin anew"
+                f"{path} is of another run, of other weights, settings or images; remove {self.folder} to begin anew"
             )
         known = find_stitch(self.model.stitches, stitch_id).own
         self.model.give_own(stitch_id, known.rank if known else self.rank)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from stitchable import StitchableForImageClassification
 from stitchable.training.fit import Stitches, keep_statistics
 from stitchable.training.losses import StitchLoss
 from stitchable.training.sampling import StitchSampler
@@ -21,12 +22,14 @@ class StitchTrainer(Trainer):
         stitches_per_step: k stitches are drawn instead of one, and stitch j takes the images at the positions i of a
             batch with i mod k = j; for the sampler that is made here.
         anchor_probability: that an anchor is drawn, as `StitchSampler` takes it; likewise.
+        own: a rank, to train only what is each stitch's own (norms behind its first joint, and updates of this rank of
+            its stitching layers): the anchors are not drawn, and stay as they are to the bit.
         stitch_loss: of what was drawn; cross entropy, with the `label_smoothing_factor` of the arguments, if None.
         arguments: those of `transformers.Trainer`.
 
     Raises:
-        ValueError: a sampler beside what is for one that is made here, batches that k stitches cannot share, or FSDP or
-            DeepSpeed.
+        ValueError: a sampler beside what is for one that is made here, `own` with an anchor_probability or with a
+            stitch that has no norms behind its joint, batches that k stitches cannot share, or FSDP or DeepSpeed.
     """
 
     def __init__(
@@ -35,17 +38,20 @@ class StitchTrainer(Trainer):
         sampler: StitchSampler | None = None,
         stitches_per_step: int | None = None,
         anchor_probability: float | None = None,
+        own: int | None = None,
         stitch_loss: StitchLoss | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("StitchTrainer keeps all weights on every process; `stitchable train` can use FSDP")
-        if sampler and (stitches_per_step or anchor_probability is not None):
-            raise ValueError("stitches_per_step and anchor_probability are those of the sampler where one is given")
+        if sampler and (stitches_per_step or own or anchor_probability is not None):
+            raise ValueError("stitches_per_step, anchor_probability and own are for a sampler that is made here")
         model: Any = self.model
+        if own is not None:
+            _train_own(model, own, anchor_probability)
         self.sampler = sampler or StitchSampler(
-            model.stitches,
+            [stitch for stitch in model.stitches if own is None or not stitch.is_anchor],
             stitches_per_step=stitches_per_step or 1,
             anchor_probability=anchor_probability,
             num_processes=self.args.world_size,
@@ -88,3 +94,14 @@ class StitchTrainer(Trainer):
         if training and model is self.model:
             stitched = self.accelerator.prepare(Stitches(stitched, share=self.sampler.stitches_per_step > 1))
         return super()._wrap_model(stitched, training, dataloader)
+
+
+def _train_own(model: StitchableForImageClassification, rank: int, anchor_probability: float | None) -> None:
+    """Give every stitch what is its own, and let gradients reach nothing else."""
+    if anchor_probability is not None:
+        raise ValueError("with own parameters the anchors are not trained, so they have no anchor_probability")
+    for stitch in model.stitches:
+        if not stitch.is_anchor:
+            model.give_own(stitch.id, rank)
+    model.requires_grad_(False)
+    model.own.requires_grad_(True)

@@ -1,5 +1,6 @@
 """A front made better with images alone: each stitch is taught by its back anchor, and keeps that where it helps."""
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stitchable.batches import unpack_batch
 from stitchable.evaluation import measure_agreement, run_batches
+from stitchable.fingerprints import fingerprints, remember
 from stitchable.model.modeling_stitchable import StitchableForImageClassification
 from stitchable.model.routes import find_stitch
-from stitchable.own import ids_to_teach, recalibrate_batch_norms, remember_own, teacher_of
+from stitchable.own import forget, ids_to_teach, recalibrate_batch_norms, remember_own, teacher_of
 from stitchable.training.own import Teaching, augmented, teach_stitches
 
 HELD_OUT = 1000
@@ -37,8 +39,8 @@ def tune(
     """Teach stitches by their back anchors, and keep of each what helps on images held out.
 
     The first fifth of the images, at most 1,000, is held out. A stitch that got better loses the metrics that were
-    measured before; all stitches get their "agreement" with the largest anchor on these images. The anchors stay as
-    they are, to the bit.
+    measured before, and the cascades that run it are dropped; all stitches get their "agreement" with the largest
+    anchor on these images. The model remembers what it was taught on. The anchors stay as they are, to the bit.
 
     Args:
         model: with its anchors whole; it runs on its device.
@@ -59,6 +61,8 @@ def tune(
             `teach_stitches`.
     """
     ids, number = ids_to_teach(model, stitch_ids), min(HELD_OUT, len(pixel_values) // 5)
+    if not number:
+        raise ValueError(f"a fifth of the images is held out, so at least 5 are needed, got {len(pixel_values)}")
     for stitch_id in ids:
         teacher_of(model, find_stitch(model.stitches, stitch_id))  # refuses what cannot be taught
     taught_on, known = pixel_values[number:], None if labels is None else labels[number:]
@@ -72,19 +76,27 @@ def tune(
         minutes = (time.monotonic() - started) / done * (len(ids) - done) / 60
         say(f"stitch {stitch_id} is taught, {done} of {len(ids)}; about {minutes:.0f} minutes left")
 
-    teach_stitches(model, batches, ids, teaching, folder=folder, after=after)
+    data = "" if folder is None else describe(taught_on, known, batch_size)
+    teach_stitches(model, batches, ids, teaching, folder=folder, data=data, after=after)
     normed = [i for i in ids if any(isinstance(module, _BatchNorm) for module in model.own[str(i)].modules())]
     if normed and len(taught_on) > batch_size:
         statistics_on = in_batches(taught_on[:STATISTICS_ON], known, batch_size)
         recalibrate_batch_norms(model, statistics_on, normed)
     scores = _measure(model, held_out, ids)
-    for stitch_id in ids:
-        if scores[stitch_id] < before[stitch_id]:
-            give_back[stitch_id]()
-        else:
-            model.record(stitch_id, metrics={})
+    better = [stitch_id for stitch_id in ids if scores[stitch_id] > before[stitch_id]]
+    for stitch_id in set(ids) - set(better):
+        give_back[stitch_id]()
+    forget(model, better)
+    remember(model.config, in_batches(pixel_values, None))
     measure_agreement(model, held_out)
     return {i: (before[i], max(scores[i], before[i])) for i in ids}
+
+
+def describe(pixel_values: torch.Tensor, labels: torch.Tensor | None, batch_size: int) -> str:
+    """What identifies images that teach, and how: as `teach_stitches` takes it."""
+    known = hashlib.sha256("".join(fingerprints(pixel_values)).encode())
+    known.update(b"" if labels is None else labels.cpu().numpy().tobytes())
+    return f"{len(pixel_values)} images, {known.hexdigest()[:16]}, {batch_size} a batch"
 
 
 def first_images(batches: Iterable[Any], number: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -176,6 +176,7 @@ class Run:
         card = Card(self.folder.resolve().name, dataset=self.facts["dataset"], split=self.plan.split or "")
         save_repository(model, repository, image_processor(model.config), card)
         for path in repository.iterdir():
+            shutil.rmtree(self.folder / path.name, ignore_errors=True)  # of a run that was interrupted here
             os.replace(path, self.folder / path.name)
         shutil.rmtree(self.work)
 

@@ -1,12 +1,13 @@
 """Claims: the server holds its target under bursts, and the simulator says how it will do.
 
-    python benchmarks/serving.py --weights FOLDER --data FOLDER
+    python benchmarks/serving.py --weights FOLDER --data FOLDER [--model FOLDER]
 
-The CIFAR-10 ResNets with their published weights, stitched by least squares alone, are served by `stitchable serve` in
-one thread; locust sends test images to it over the loopback interface in bursts of 3 to 5 times the mean, and each
-answer is compared with the label. The target is three times the latency of the largest anchor. What each stitch is
-worth was measured on other test images than those that are sent. DeiT-Ti/S/B with random weights are a second row, for
-time. FOLDERs as in examples/cifar10_resnets/README.md.
+The CIFAR-10 ResNets, with their published weights and stitched by least squares alone, or what `make release
+MODEL=cifar10_resnets` has made of them, with the cascades that the measured images give, are served by `stitchable
+serve` in one thread; locust sends test images to it over the loopback interface in bursts of 3 to 5 times the mean,
+and each answer is compared with the label. The target is three times the latency of the largest anchor. What each
+stitch is worth was measured on other test images than those that are sent. DeiT-Ti/S/B with random weights are a second
+row, for time. FOLDERs as in examples/cifar10_resnets/README.md.
 """
 
 import argparse
@@ -51,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=Path, required=True, help="folder of the published checkpoints")
     parser.add_argument("--data", type=Path, required=True, help="folder of the parquet files")
+    parser.add_argument("--model", type=Path, help="the released repository; by least squares alone if left out")
     parser.add_argument("--folder", type=Path, default=Path("runs/serving"), help="where models and images are put")
     parser.add_argument("--seconds", type=float, default=120, help="of the trace")
     parser.add_argument("--soak", type=float, default=600, help="seconds")
@@ -105,17 +107,22 @@ def prepare_resnets(given: argparse.Namespace) -> None:
     from datasets import Dataset
     from reproduce_anchors import batches, find
 
-    anchors = [
-        {"architecture": f"cifar_resnet{layers}", "weights": find(given.weights, f"resnet{layers}-*.th")[0]}
-        for layers in LAYERS
-    ]
-    model = stitchable.from_anchors(anchors, stages=[0, 1, 2], num_labels=10)
     train, test = (
         Dataset.from_parquet([str(file) for file in find(given.data, f"{split}-*.parquet")])
         for split in ("train", "test")
     )
-    stitchable.initialize_stitches(model, batches(train.select(range(100)), model.config), num_samples=100)
-    stitchable.evaluate(model, batches(test.select(range(given.num_measured)), model.config))
+    if given.model is None:
+        anchors = [
+            {"architecture": f"cifar_resnet{layers}", "weights": find(given.weights, f"resnet{layers}-*.th")[0]}
+            for layers in LAYERS
+        ]
+        model = stitchable.from_anchors(anchors, stages=[0, 1, 2], num_labels=10)
+        stitchable.initialize_stitches(model, batches(train.select(range(100)), model.config), num_samples=100)
+    else:
+        model = stitchable.StitchableForImageClassification.from_pretrained(given.model, trust_remote_code=True)
+        model.eval().cascades = []
+        model.config.trained_on = model.config.latency = None
+    stitchable.find_cascades(model, list(batches(test.select(range(given.num_measured)), model.config)))
     sent = test.select(range(given.num_measured, given.num_measured + given.num_sent))
     images = given.folder / "images"
     images.mkdir(exist_ok=True)
@@ -250,6 +257,7 @@ def simulate(rows: list[dict[str, Any]], anchors: list[int], arrivals: Arrivals,
             row["flops"],
             (row["latency_ms"] - row["per_image_ms"]) / 1e3,
             row["per_image_ms"] / 1e3,
+            row["worst"],
         )
         for row in rows
     ]

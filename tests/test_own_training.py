@@ -135,7 +135,7 @@ def test_a_run_goes_on_behind_the_stitches_that_are_finished(tmp_path: Path) -> 
     assert drawn == [3, 4]
     teach_stitches(whole, endless, [2], TEACHING)
     assert torch.equal(fresh(images("resnet"), stitch_id=2).logits, model(images("resnet"), stitch_id=2).logits)
-    with pytest.raises(ValueError, match=r"stitch-2.safetensors is of another run, of other weights, settings or images"):
+    with pytest.raises(ValueError, match=r"stitch-2.safetensors is of another run, of other weights, settings or"):
         teach_stitches(make("resnet", 9), endless, [2], TEACHING, folder=tmp_path)
     (tmp_path / "stitch-3.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="is no finished stitch"):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -52,8 +53,8 @@ def measured_model():
 class Served:
     """An application that is served in a thread, and what a client needs of it."""
 
-    def __init__(self, target: float = LONG, token: str | None = None, **options: int) -> None:
-        model = measured_model()
+    def __init__(self, target: float = LONG, token: str | None = None, model: Any = None, **options: int) -> None:
+        model = model or measured_model()
         self.model = model
         self.processor = image_processor(model.config, crop_pct=1.0)
         self.engine = Engine(model, self.processor, target, **options)
@@ -308,6 +309,26 @@ def test_what_can_run_is_listed(served) -> None:
     assert [row["id"] for row in rows] == list(range(9))
     assert all(row["latency_ms"] >= row["per_image_ms"] > 0 and row["kind"] == "stitch" for row in rows)
     assert {4} <= {row["id"] for row in rows if row["on_front"]} < set(range(9))
+
+
+def test_cascades_are_choices_like_stitches() -> None:
+    model = measured_model()
+    small, large = model.stitches[0], model.stitches[1]
+    stages = [
+        {"stitch": 0, "flops": small.flops, "score": "margin", "threshold": 1.0},
+        {"stitch": 1, "flops": large.flops, "reached": 0.5},
+    ]
+    costs = {"flops": small.flops + 0.125, "max_flops": small.flops + large.flops}
+    model.cascades = [{"id": 3, "stages": stages, **costs, "metrics": {"accuracy": 0.99}}]
+    with Served(model=model) as served:
+        (row,) = [row for row in served.client.get("/v1/stitches").json() if row["kind"] == "cascade"]
+        assert (row["id"], row["flops"], row["on_front"]) == (3, small.flops + 0.125, True)
+        assert row["worst"] > 1
+        found = served.client.post("/v1/classify", content=noise(0)).json()
+        assert (found["ran"], found["stitch_id"]) == ("cascade 3", 1)  # no image's margin reaches 1
+        assert found["flops"] == small.flops + large.flops
+        best = max(found["labels"], key=lambda label: label["score"])
+        assert best["score"] == pytest.approx(max(served.expected(noise(0), 1)), abs=1e-5)
 
 
 def test_health_metrics_and_the_api_page(served) -> None:

@@ -119,6 +119,7 @@ def _add_information(app: APIRouter, engine: Engine, title: str) -> None:
                 flops=choice.flops,
                 latency_ms=1e3 * choice.seconds(1) * engine.policy.scale,
                 per_image_ms=1e3 * choice.per_image * engine.policy.scale,
+                worst=choice.worst,
                 on_front=choice in front,
             )
             for choice in engine.policy.choices

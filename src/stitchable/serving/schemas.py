@@ -21,7 +21,7 @@ class Classification(BaseModel):
     ran: str = Field(description='What ran, such as "stitch 24" or "cascade 0".')
     stitch_id: int = Field(description="The stitch whose answer this is: of a cascade the last stage that was reached.")
     accuracy: float = Field(description="As measured of what ran.")
-    flops: int = Field(description="Multiply-adds plus normalisation terms spent on this image.")
+    flops: float = Field(description="Multiply-adds plus normalisation terms spent on this image.")
     queue_ms: float = Field(description="From the body until the batch began, decoding included.")
     run_ms: float = Field(description="Of the batch.")
     batch_size: int
@@ -35,9 +35,10 @@ class Choosable(BaseModel):
     kind: str
     id: int
     accuracy: float
-    flops: int
+    flops: float
     latency_ms: float = Field(description="Of one image, as predicted and corrected by what is observed.")
     per_image_ms: float = Field(description="Of each further image of a batch, likewise.")
+    worst: float = Field(description="Time where every image goes through all stages of a cascade, by the mean time.")
     on_front: bool = Field(description="Whether no other is both quicker and more accurate.")
 
 

@@ -143,6 +143,14 @@ def test_a_machine_that_slows_down_is_noticed_within_50_batches() -> None:
     assert policy.decide(queue, now).choice == CHOICES[2]
 
 
+def test_what_only_the_margin_puts_out_of_reach_is_still_tried() -> None:
+    quick, slow = Choice("stitch", 0, 0.5, 1, 0.0, 0.010), Choice("stitch", 1, 0.9, 2, 0.0, 0.040)
+    policy = Policy([quick, slow], target=0.1, batch_sizes=SIZES)
+    policy.spread = 0.1  # so that 10 ms are judged as 14
+    for left, choice in ((0.012, quick), (0.015, quick), (0.060, slow)):
+        assert policy.decide([Request(left)], 0.0).choice == choice
+
+
 def test_one_hiccup_or_an_image_that_goes_through_all_stages_is_no_slow_machine() -> None:
     policy = Policy(CHOICES, TARGET, SIZES)
     policy.observe(Plan([], CHOICES[0], 1, CHOICES[0].seconds(1)), 1000.0)

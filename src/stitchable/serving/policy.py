@@ -118,11 +118,11 @@ class Policy:
         for k in range(1, max_queue + 2):
             fits = zip(self.batch_sizes, everything.fastest, strict=True)
             drain.append(min(drain[k - size] + seconds for size, seconds in fits if size <= k))
-        self._drain, drained = drain, np.array(drain)
+        self._drain, self._drained = drain, np.array(drain)
         self._marginal = min(s / n for n, s in zip(self.batch_sizes, everything.fastest, strict=True))
         places = np.arange(max_queue) - np.array(self.batch_sizes)[:, None]
         self._waits = places >= 0  # (sizes, places in the queue): who waits while a batch of that size runs
-        self._after = np.where(self._waits, drained[np.maximum(places, -1) + 1], 0.0)  # and is answered after it
+        self._after = np.where(self._waits, self._drained[np.maximum(places, -1) + 1], 0.0)  # and is answered after it
 
     def decide(self, queue: Sequence[Request], now: float) -> Plan:
         """What to run now of a queue that is sorted by deadlines."""
@@ -131,9 +131,12 @@ class Policy:
             return Plan(shed, None, 0, 0.0)
         tables = self._tables_of(kept)
         rows, waiting = len(tables), len(kept)
-        slack = (np.array([request.deadline for request in kept]) - now) / self.factor - self._after[:rows, :waiting]
-        if any(request.extra for request in kept):
-            slack -= self._waits[:rows, :waiting] * np.array([request.extra for request in kept])
+        deadlines, _, extra = zip(*kept, strict=True)
+        left_to = np.array(deadlines) - now
+        after = self._after[:rows, :waiting]
+        if any(extra):
+            after = after + self._waits[:rows, :waiting] * np.array(extra)
+        slack = left_to / self.factor - after
         # One more deadline: of the request that comes next, behind this queue and those that come while a batch runs.
         left = [self._drain[waiting - size + 1] for size in self.batch_sizes[:rows]]
         growth = 1 + self.rate(now) * self._marginal * self.scale
@@ -143,11 +146,15 @@ class Policy:
         lost = (slack < fastest).sum(axis=1).tolist()  # deadlines that even the fastest choice puts out of reach
         # And so long none is lost beyond them; what leaves less than the caution to spare gets the fastest.
         spare = np.maximum(slack - self.caution / self.factor, fastest)
-        limits = np.where(slack < fastest, inf, spare).min(axis=1).tolist()
+        limits = np.where(slack < fastest, inf, spare).min(axis=1)
+        if self.spread and any(lost):  # what only the margin puts out of reach may still be in time
+            by_mean = left_to / self.scale - after
+            hoped = np.where((slack[:, :waiting] < fastest) & (by_mean >= fastest), by_mean, inf)
+            limits = np.minimum(limits, hoped.min(axis=1))
         best: tuple[float, float, float] = (inf, 0.0, 0.0)
         plan = Plan(shed, None, 0, 0.0)
         for row, table in enumerate(tables):
-            size, choice = self.batch_sizes[row], table.most_accurate(row, limits[row])
+            size, choice = self.batch_sizes[row], table.most_accurate(row, float(limits[row]))
             key = (lost[row], -size * choice.accuracy, choice.bound(size))
             if key < best:
                 best, plan = key, Plan(shed, choice, size, choice.seconds(size))
@@ -199,15 +206,17 @@ class Policy:
 
     def _sift(self, queue: Sequence[Request], now: float) -> tuple[list[int], list[Request]]:
         """Places of the requests that come too late even if only the fastest runs from now on, and the others."""
-        scale, quickest, drain, ahead = self.scale, self._table(-1).fastest[0], self._drain, 0
+        scale, quickest, drain = self.scale, self._table(-1).fastest[0], self._drain
+        deadlines, _, extras = zip(*queue, strict=True) if queue else ((), (), ())
+        if not any(extras) and (now + scale * (self._drained[: len(queue)] + quickest) <= deadlines).all():
+            return [], list(queue)  # at once, as is usual
         shed: list[int] = []
         kept: list[Request] = []
-        for place, request in enumerate(queue):
-            if now + scale * (drain[ahead] + quickest + request.extra) > request.deadline:
+        for place, (deadline, _, extra) in enumerate(queue):
+            if now + scale * (drain[len(kept)] + quickest + extra) > deadline:
                 shed.append(place)
             else:
-                kept.append(request)
-                ahead += 1
+                kept.append(queue[place])
         return shed, kept
 
     def _tables_of(self, queue: Sequence[Request]) -> list["_Table"]:

@@ -11,17 +11,22 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
+def commit() -> str:
+    """Of the working folder, marked where it differs."""
+    described = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def write_report(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write `results/NAME.json` with the figures, command, commit, versions and machine; or NAME.json of a folder."""
     import torch
 
     from stitchable.timing import processor_name
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     report = {
         "figures": figures,
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("stitchable", "torch", "timm", "transformers")},
         "machine": {
             "processor": processor_name(),

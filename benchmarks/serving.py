@@ -1,13 +1,13 @@
 """Claims: the server holds its target under bursts, and the simulator says how it will do.
 
-    python benchmarks/serving.py --weights FOLDER --data FOLDER [--model FOLDER]
+    python benchmarks/serving.py --weights FOLDER --data FOLDER --released FOLDER
 
-The CIFAR-10 ResNets, with their published weights and stitched by least squares alone, or what `make release
-MODEL=cifar10_resnets` has made of them, with the cascades that the measured images give, are served by `stitchable
-serve` in one thread; locust sends test images to it over the loopback interface in bursts of 3 to 5 times the mean,
-and each answer is compared with the label. The target is three times the latency of the largest anchor. What each
-stitch is worth was measured on other test images than those that are sent. DeiT-Ti/S/B with random weights are a second
-row, for time. FOLDERs as in examples/cifar10_resnets/README.md.
+The CIFAR-10 ResNets with their published weights, stitched by least squares alone, are served by `stitchable serve` in
+one thread; locust sends test images to it over the loopback interface in bursts of 3 to 5 times the mean, and each
+answer is compared with the label. The target is three times the latency of the largest anchor. What each stitch is
+worth was measured on other test images than those that are sent. Then the same with what `make release
+MODEL=cifar10_resnets` has made of them (the folder `--released`), and the cascades that the measured images give; and
+DeiT-Ti/S/B with random weights, for time. FOLDERs as in examples/cifar10_resnets/README.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from report import write_report
+from report import commit, write_report
 
 import stitchable
 from stitchable.card import Card
@@ -41,7 +41,7 @@ from stitchable.serving.traces import Arrivals, make_trace
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10_resnets"
 DEIT = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
 LAYERS = (20, 32, 44, 56)
-MODELS = ("cifar10_resnets", "deit")
+MODELS = ("cifar10_resnets", "released_resnets", "deit")
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 TARGET = 3.0  # latencies of the largest anchor
 USERS = 200
@@ -52,26 +52,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=Path, required=True, help="folder of the published checkpoints")
     parser.add_argument("--data", type=Path, required=True, help="folder of the parquet files")
-    parser.add_argument("--model", type=Path, help="the released repository; by least squares alone if left out")
+    parser.add_argument("--released", type=Path, help="the released repository of the ResNets")
     parser.add_argument("--folder", type=Path, default=Path("runs/serving"), help="where models and images are put")
     parser.add_argument("--seconds", type=float, default=120, help="of the trace")
     parser.add_argument("--soak", type=float, default=600, help="seconds")
     parser.add_argument("--num-measured", type=int, default=5000, help="test images that say what a stitch is worth")
     parser.add_argument("--num-sent", type=int, default=2000, help="other test images, which are sent")
-    parser.add_argument("--only", choices=MODELS, help="measure one of the two, and keep what is known of the other")
+    parser.add_argument("--only", choices=MODELS, help="measure one of them, and keep what is known of the others")
     given = parser.parse_args()
     torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLE))
     given.folder.mkdir(parents=True, exist_ok=True)
-    if not (given.folder / "labels.json").exists():
-        prepare_resnets(given)
-    if not (given.folder / "deit").exists():
+    for name, source in (("cifar10_resnets", None), ("released_resnets", given.released)):
+        if given.only in (None, name) and not (given.folder / name).exists():
+            prepare_resnets(given, name, source)
+    if given.only in (None, "deit") and not (given.folder / "deit").exists():
         prepare_deit(given.folder)
     figures: dict[str, Any] = {"decision_us": measure_decisions()}
     known = json.loads(RESULTS.read_text(encoding="utf-8"))["figures"] if given.only and RESULTS.exists() else {}
     for name in MODELS:
         if given.only in (None, name):
-            figures[name] = measure(given, name, soak=name == MODELS[0])
+            made = {"command": " ".join(["python", *sys.argv]), "commit": commit()}
+            figures[name] = {**made, **measure(given, name, soak=name == MODELS[0])}
         elif name in known:
             figures[name] = known[name]
     print(f"wrote {write_report('serving', figures)}")
@@ -101,8 +103,10 @@ def measure_decisions(num_choices: int = 71, num_runs: int = 1000) -> dict[str, 
 # ---------------------------------------------------------------- models and images
 
 
-def prepare_resnets(given: argparse.Namespace) -> None:
-    """The stitched ResNets with measured accuracies, images to send, and what each stitch says of them."""
+def prepare_resnets(given: argparse.Namespace, name: str, source: Path | None) -> None:
+    """The stitched ResNets, fitted or released, with measured accuracies and cascades; and images to send."""
+    if name == "released_resnets" and source is None:
+        raise SystemExit("the released ResNets are served from --released FOLDER, which make release writes")
     import register_cifar_resnet  # noqa: F401  # registers the family
     from datasets import Dataset
     from reproduce_anchors import batches, find
@@ -111,7 +115,7 @@ def prepare_resnets(given: argparse.Namespace) -> None:
         Dataset.from_parquet([str(file) for file in find(given.data, f"{split}-*.parquet")])
         for split in ("train", "test")
     )
-    if given.model is None:
+    if source is None:
         anchors = [
             {"architecture": f"cifar_resnet{layers}", "weights": find(given.weights, f"resnet{layers}-*.th")[0]}
             for layers in LAYERS
@@ -119,18 +123,17 @@ def prepare_resnets(given: argparse.Namespace) -> None:
         model = stitchable.from_anchors(anchors, stages=[0, 1, 2], num_labels=10)
         stitchable.initialize_stitches(model, batches(train.select(range(100)), model.config), num_samples=100)
     else:
-        model = stitchable.StitchableForImageClassification.from_pretrained(given.model, trust_remote_code=True)
+        model = stitchable.StitchableForImageClassification.from_pretrained(source, trust_remote_code=True)
         model.eval().cascades = []
         model.config.trained_on = model.config.latency = None
+        model.config.id2label = {number: f"LABEL_{number}" for number in range(10)}  # as the fitted ones have them
     stitchable.find_cascades(model, list(batches(test.select(range(given.num_measured)), model.config)))
     sent = test.select(range(given.num_measured, given.num_measured + given.num_sent))
     images = given.folder / "images"
     images.mkdir(exist_ok=True)
     for number, image in enumerate(sent["img"]):
         image.save(images / f"{number}.png")
-    save_repository(
-        model, given.folder / "cifar10_resnets", image_processor(model.config, crop_pct=1.0), Card("cifar10_resnets")
-    )
+    save_repository(model, given.folder / name, image_processor(model.config, crop_pct=1.0), Card(name))
     (given.folder / "labels.json").write_text(json.dumps(list(sent["label"])), encoding="utf-8")
 
 
@@ -211,7 +214,7 @@ def measure(given: argparse.Namespace, name: str, soak: bool = True) -> dict[str
     labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     with served(folder / name) as (client, pid):
         before = client.get("/v1/stitches").json()
-        anchors = range(4 if name == "cifar10_resnets" else 3)
+        anchors = range(3 if name == "deit" else 4)
         largest, smallest = max(anchors), min(anchors)
         slo_ms = TARGET * before[largest]["latency_ms"]
         client.put("/v1/target", json={"slo_ms": slo_ms}).raise_for_status()
@@ -221,7 +224,7 @@ def measure(given: argparse.Namespace, name: str, soak: bool = True) -> dict[str
         alone = row["latency_ms"] - row["per_image_ms"]
         rate = 1e3 / (6 * (row["per_image_ms"] + alone / 8 + overhead[str(smallest)]["overhead_ms"]))
         arrivals = make_trace("bursty", rate, given.seconds, seed=0)
-        own_labels = labels if name == "cifar10_resnets" else None
+        own_labels = None if name == "deit" else labels
         worth = {row["name"]: row["accuracy"] for row in before}
         real = {}
         for server, path in {

@@ -144,7 +144,7 @@ RELEASES = {
         crop_pct=0.875,
         license=None,
         # 32 images say little of the statistics of ImageNet's features, which the anchors' are of.
-        teaching=Teaching(steps=600, rank=64, learning_rate=5e-4, batch_statistics=False),
+        teaching=Teaching(steps=240, rank=64, learning_rate=5e-4, batch_statistics=False),
         batch_size=32,
         image_size=224,
         number=8,

@@ -84,7 +84,7 @@ def test_the_anchors_are_those_of_the_files(anchors, tmp_path) -> None:
         assert torch.equal(model(x, stitch_id=index).logits, alone.eval()(x))
 
 
-@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("classes", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_without_labels_nothing_is_called_accuracy(classes, anchors, tmp_path, caplog) -> None:
     """One folder says nothing, and three are not the model's four classes."""
     lines: list[str] = []

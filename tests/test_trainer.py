@@ -71,7 +71,8 @@ def test_a_sandwich_of_accumulated_gradients_is_that_of_whole_batches(tmp_path) 
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 2])
 def test_two_processes_train_what_one_does(k: int, tmp_path) -> None:
     losses = []
     for number in (1, 2):

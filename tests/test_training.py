@@ -456,7 +456,11 @@ def alone(tmp_path_factory) -> Path:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile, while it looks at a block
 @pytest.mark.parametrize(
-    "name", ["two processes", "two accumulated gradients", pytest.param("compiled blocks", marks=pytest.mark.slow)]
+    "name",
+    [
+        "two accumulated gradients",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("two processes", "compiled blocks")),
+    ],
 )
 def test_however_it_is_launched_it_is_the_same_training(name: str, alone: Path, tmp_path, monkeypatch) -> None:
     """The same images and stitches, so the same weights up to rounding."""

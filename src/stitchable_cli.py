@@ -294,17 +294,18 @@ def select(
 def prune(
     folder: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
-    metric: Annotated[str, typer.Option(help="Measured figure, better when higher.")] = "accuracy",
+    metric: Annotated[str | None, typer.Option(help="Measured figure, better when higher.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Drop the stitches that another one beats in both FLOPs and accuracy; no budget would choose them."""
     import stitchable
     from stitchable.card import Card
+    from stitchable.model.routes import measured_by
     from stitchable.publishing import check_new_folder, processor_of, save_repository
 
     check_new_folder(output)
     model = _load(folder, trust_remote_code)
-    kept = stitchable.prune(model, metric)
+    kept = stitchable.prune(model, metric or measured_by(model.stitches))
     save_repository(kept, output, processor_of(model), Card.of(kept.config, output.resolve().name))
     typer.echo(_what_is_kept(output, kept, model))
 
@@ -349,15 +350,15 @@ def table(
     from stitchable.card import Card, short_names, stitch_table
     from stitchable.cascades import cascade_table, runnable
     from stitchable.front import in_words, judge_stitches
-    from stitchable.model.routes import Stitch
+    from stitchable.model.routes import Stitch, measured_by
 
     config = StitchableConfig.from_pretrained(model)
     stitches = [Stitch.from_dict(stitch) for stitch in config.stitches]
     if not stitches:
         raise ValueError(f"{model} has no config.json of a stitchable model")
-    chosen = pareto_front(stitches) if pareto else stitches
+    chosen = pareto_front(stitches, measured_by(stitches)) if pareto else stitches
     if not chosen:
-        raise ValueError(f"no stitch of {model} has a measured accuracy; stitchable eval measures them")
+        raise ValueError(f"no stitch of {model} has been measured; stitchable eval does")
     if as_json:
         rows = [*(stitch.to_dict() for stitch in chosen), *runnable(config)]
         typer.echo(json.dumps(rows, indent=1, allow_nan=False))
@@ -374,20 +375,21 @@ def table(
 def plot(
     model: Source,
     output: Annotated[Path, typer.Argument(help="An image file: .png, .svg, .pdf.")],
-    metric: Annotated[str, typer.Option(help="What to draw over the FLOPs.")] = "accuracy",
+    metric: Annotated[str | None, typer.Option(help="What to draw over the FLOPs.")] = None,
 ) -> None:
     """Draw accuracy against FLOPs of all stitches, the anchors starred."""
     from stitchable import StitchableConfig
     from stitchable.card import Card, short_names
     from stitchable.cascades import runnable
     from stitchable.front import untouched_anchors
-    from stitchable.model.routes import Stitch
+    from stitchable.model.routes import Stitch, measured_by
     from stitchable.plots import plot_stitches
 
     config = StitchableConfig.from_pretrained(model)
     if output.exists():
         raise ValueError(f"{output} exists; choose another name, or remove it")
     stitches = [Stitch.from_dict(stitch) for stitch in config.stitches]
+    metric = metric or measured_by(stitches)
     untouched = untouched_anchors(stitches, Card.of(config, "").accuracy_before) if metric == "accuracy" else None
     cascades = runnable(config)
     plot_stitches(stitches, short_names(config), metric, untouched=untouched, cascades=cascades).savefig(output)

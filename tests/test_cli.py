@@ -292,7 +292,7 @@ def test_export_writes_graphs_or_a_program(folder, tmp_path) -> None:
         (["calibrate", "{folder}", "--dtype", "int8"], "dtype must be float32, bfloat16 or float16, got 'int8'"),
         (["calibrate", "{folder}", "--threads", "0"], "[-]-threads must be at least 1"),
         (["eval", "{folder}", "{pictures}", "--device", "nowhere"], "the model cannot be put on 'nowhere'"),
-        (["table", "{folder}", "--pareto"], "has a measured accuracy; stitchable eval measures them"),
+        (["table", "{folder}", "--pareto"], "has been measured; stitchable eval does"),
         (["eval", "{folder}", "{splits}"], "has the splits train, validation; choose one"),
         (["cascade", "{folder}", "{pictures}", "--stitches", "77"], "stitch_id 77 is out of range"),
         (["cascade", "{folder}", "{pictures}", "--stitches", "1"], "a cascade needs at least two stitches"),

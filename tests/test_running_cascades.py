@@ -282,3 +282,25 @@ def test_a_cascade_is_not_trained_and_has_a_head() -> None:
     assert loss.isfinite()
     with pytest.raises(ValueError, match="must be an integer"):
         model(images("vit"), cascade="0")
+
+
+def test_what_a_cascade_cannot_give_is_refused(tmp_path: Path) -> None:
+    model, _ = with_cascade()
+    x = images("vit")
+    with pytest.raises(ValueError, match="a cascade returns no hidden states"):
+        model(x, cascade=0, output_hidden_states=True)
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="one of several classes per image, not 5, multi_label_classification"):
+        model(x, cascade=0)
+    model.config.problem_type = None
+    model.save_pretrained(tmp_path)
+    for also in ({"stitch_id": 2}, {"max_flops": 1e9}):
+        with pytest.raises(ValueError, match="a part is the stitches of a cascade, or what stitch_id"):
+            StitchableForImageClassification.from_pretrained(tmp_path, cascade=0, **also)
+
+
+def test_a_default_cascade_is_not_trained(tmp_path: Path) -> None:
+    model, _ = with_cascade()
+    model.set_cascade(0)
+    with pytest.raises(ValueError, match="cascade 0 runs in evaluation mode"):
+        model.train()(images("vit"), labels=torch.zeros(len(images("vit")), dtype=torch.long))

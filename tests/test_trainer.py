@@ -12,6 +12,7 @@ from families import images, make
 from hub_server import TOKEN, Hub
 from processes import run_python
 from stitchable import StitchableForImageClassification
+from stitchable.fingerprints import Watch
 from stitchable.training.losses import StitchLoss
 from stitchable.training.sampling import StitchSampler
 from stitchable.training.trainer import StitchTrainer
@@ -39,6 +40,18 @@ def test_each_step_trains_the_stitch_that_the_sampler_draws(tmp_path) -> None:
     reference = make("vit")
     reference(images("vit", 2), labels=torch.arange(2), stitch_id=drawn).loss.backward()
     assert moved == {name for name, value in reference.named_parameters() if value.grad is not None}
+
+
+def test_what_was_measured_is_forgotten_and_what_trains_remembered(tmp_path) -> None:
+    training = trainer(tmp_path, max_steps=1)
+    model = training.model
+    for stitch in model.stitches:
+        model.record(stitch.id, metrics={"accuracy": 0.5})
+    training.train()
+    assert not any(stitch.metrics for stitch in model.stitches)
+    watch = Watch([images("vit", 8)], model.config)
+    assert len(list(watch)) == 1
+    assert watch.num_known == 8
 
 
 def test_a_resumed_training_is_the_same_and_loads(tmp_path) -> None:

@@ -11,7 +11,9 @@ import onnxruntime
 def load_cascade(folder: str | Path) -> list[tuple[dict[str, Any], Any]]:
     """The stages of the cascade in a folder, each with its session."""
     sessions = {path.stem: onnxruntime.InferenceSession(str(path)) for path in Path(folder).glob("stitch-*.onnx")}
-    metadata = next(iter(sessions.values())).get_modelmeta().custom_metadata_map
+    metadata = next(iter(sessions.values())).get_modelmeta().custom_metadata_map if sessions else {}
+    if "cascade" not in metadata:
+        raise ValueError(f"there is no exported cascade in {folder}")
     return [(stage, sessions[f"stitch-{stage['stitch']}"]) for stage in json.loads(metadata["cascade"])["stages"]]
 
 

@@ -73,5 +73,6 @@ def run_cascade(model: Any, pixel_values: torch.Tensor, cascade: Cascade) -> Cas
                 starts[later] = start.select(kept, model.chains[begun[-1].anchor].per_image if begun else False)
     output, costs = CascadeOutput(logits=logits), [stage.flops for stage in cascade.stages]
     output["stitch_ids"] = torch.tensor([stage.stitch for stage in cascade.stages], device=stages.device)[stages]
-    output["flops"] = torch.tensor(costs, dtype=torch.float64, device=stages.device).cumsum(0)[stages]
+    kind = torch.float32 if stages.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+    output["flops"] = torch.tensor(costs, dtype=kind, device=stages.device).cumsum(0)[stages]
     return output

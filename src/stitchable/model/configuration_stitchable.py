@@ -42,6 +42,7 @@ class Settings:
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
     left_out: tuple[int, ...] = ()
     num_labels_of_costs: int | None = None
+    trained_on: tuple[str, ...] = ()
     stitchable_version: str = STITCHABLE_VERSION
 
     def __post_init__(self) -> None:
@@ -87,6 +88,7 @@ class StitchableConfig(PreTrainedConfig):
               `image_std` (per channel, of pixels in 0..1).
             - `left_out`: ids of the stitches that the checkpoint has and this model leaves out.
             - `num_labels_of_costs`: number of labels that `flops` and `params` were counted with.
+            - `trained_on`: fingerprints of images that the model was trained on.
             - `stitchable_version`: the version that wrote this config.
 
     Raises:
@@ -134,6 +136,8 @@ class StitchableConfig(PreTrainedConfig):
                 Others as in any `PreTrainedConfig`.
         """
         stitch_id, cascade, max_flops = (kwargs.pop(name, None) for name in ("stitch_id", "cascade", "max_flops"))
+        if cascade is not None and (stitch_id, max_flops) != (None, None):
+            raise ValueError("a part is the stitches of a cascade, or what stitch_id and max_flops say; not both")
         if (stitch_id, cascade, max_flops) != (None, None, None):
             stitches = read(tuple[Stitch, ...], config_dict.get("stitches", ()), "stitches")
             if not stitches:

@@ -165,8 +165,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
             metric: which measured figure to maximise; None for accuracy, or where nobody had labels, agreement with the
                 largest anchor. Where none was measured, the largest FLOPs win.
             bounds: upper bounds on `mean_flops` (of an image on average, which a cascade may exceed for some), `params`
-                (of the stitch alone), `latency_ms` (milliseconds per call, as `stitchable.calibrate` predicted) and
-                `memory_mb` (the peak of memory of a call, in 10^6 bytes, predicted likewise).
+                (of the stitch alone), `latency_ms` (milliseconds per call, of a cascade on average, as
+                `stitchable.calibrate` predicted) and `memory_mb` (the peak of memory of a call, in 10^6 bytes).
 
         Raises:
             ValueError: no bound, a bound that is no positive number, or nothing within them (names the cheapest).
@@ -347,6 +347,8 @@ class StitchablePreTrainedModel(PreTrainedModel):
         hidden_states: list[torch.Tensor] | None = [] if keep else None
         if cascade is None:
             output = self._output(*self.run_features(pixel_values, stitch_id, hidden_states), labels)
+        elif keep:
+            raise ValueError("a cascade returns no hidden states, which are of several stitches; leave them out")
         else:
             output = self._cascaded(pixel_values, labels, stitch_id, cascade)
         if hidden_states:
@@ -354,8 +356,13 @@ class StitchablePreTrainedModel(PreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _cascaded(self, pixel_values: torch.Tensor, labels: Any, stitch_id: int | None, cascade: int) -> CascadeOutput:
-        if self.training or stitch_id is not None or not isinstance(self, StitchableForImageClassification):
-            raise ValueError("a cascade is run by a classifier, in evaluation mode (model.eval()), without a stitch_id")
+        kind = getattr(self.config, "problem_type", None)
+        if self.training:
+            raise ValueError(f"cascade {cascade} runs in evaluation mode (model.eval()); to train, name a stitch_id")
+        if stitch_id is not None or not isinstance(self, StitchableForImageClassification):
+            raise ValueError("a cascade is run by a classifier, and without a stitch_id")
+        if (self.config.num_labels or 0) < 2 or kind not in (None, "single_label_classification"):
+            raise ValueError(f"a cascade needs one of several classes per image, not {self.config.num_labels}, {kind}")
         output = run_cascade(self, pixel_values, self._find_cascade(cascade))
         if labels is not None:
             output["loss"] = self.loss_function(labels, output.logits, self.config)

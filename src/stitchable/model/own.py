@@ -127,7 +127,7 @@ class View:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation with parameters or statistics, of PyTorch, timm or a class of one's own."""
+    """Whether a module is a normalisation with parameters or statistics, of PyTorch, timm or a class of your own."""
     of_itself = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     nested = len([*module.parameters()]) > len([*module.parameters(recurse=False)])
     return "norm" in type(module).__name__.lower() and bool(of_itself) and not nested

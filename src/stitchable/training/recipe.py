@@ -23,7 +23,7 @@ class Data(_Section):
     """Which images, how they are read, and the evaluation transform (which becomes the saved image processor).
 
     Attributes:
-        dataset: "digits" (scikit-learn's), a data set of the Hub, or a loader of `datasets` for files of one's own:
+        dataset: "digits" (scikit-learn's), a data set of the Hub, or a loader of `datasets` for files of your own:
             "imagefolder", "parquet", "webdataset".
         files: for a loader, a folder, or a glob or list of files per split.
         train_split, test_split: names of splits; slices such as "train[:5000]" work as in `datasets`.
@@ -71,7 +71,7 @@ class Data(_Section):
     def _check(self) -> "Data":
         if self.dataset in LOADERS and self.files is None:
             raise ValueError(
-                f"dataset {self.dataset} reads files of one's own: give files, a folder or a glob per split"
+                f"dataset {self.dataset} reads files of your own: give files, a folder or a glob per split"
             )
         if self.dataset == "digits" and (self.files is not None or self.streaming):
             raise ValueError("the digits come with scikit-learn: they have no files and cannot be streamed")
@@ -272,7 +272,7 @@ class Recipe(_Section):
         license: of the trained weights, as the Hub writes it; None where nothing is said.
         output: the folder of the finished Hub repository; what a run needs meanwhile is beside it, in OUTPUT-run.
         seed: of everything drawn at random.
-        modules: Python files to run first, which register models of one's own with timm and stitchable.
+        modules: Python files to run first, which register models of your own with timm and stitchable.
         pretrained: whether the anchors begin with timm's weights (or their `weights`), or with random ones.
         pretraining: trains each anchor alone on the data before they are stitched.
         trackers: by the names of Accelerate, such as tensorboard, wandb.

@@ -7,6 +7,8 @@ from torch import nn
 from transformers import Trainer
 
 from stitchable import StitchableForImageClassification
+from stitchable.fingerprints import NUM_STORED, remember
+from stitchable.own import forget
 from stitchable.training.fit import Stitches, keep_statistics
 from stitchable.training.losses import StitchLoss
 from stitchable.training.sampling import StitchSampler
@@ -48,6 +50,7 @@ class StitchTrainer(Trainer):
         if sampler and (stitches_per_step or own or anchor_probability is not None):
             raise ValueError("stitches_per_step, anchor_probability and own are for a sampler that is made here")
         model: Any = self.model
+        self._own = own is not None
         if own is not None:
             _train_own(model, own, anchor_probability)
         self.sampler = sampler or StitchSampler(
@@ -64,6 +67,16 @@ class StitchTrainer(Trainer):
                 f"per_device_train_batch_size, which is {self.args.per_device_train_batch_size}"
             )
         self.model_accepts_loss_kwargs = False  # ours are means, which accumulated gradients divide once more
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As in any `Trainer`; what was measured before is forgotten, and what it trains on remembered."""
+        model: Any = self.model
+        forget(model, [stitch.id for stitch in model.stitches if not (self._own and stitch.is_anchor)])
+        rows: Any = self.train_dataset
+        if hasattr(rows, "__getitem__") and len(rows) and "pixel_values" in rows[0]:
+            some = (rows[number]["pixel_values"] for number in range(min(len(rows), NUM_STORED)))
+            remember(model.config, [torch.stack([torch.as_tensor(x) for x in some])])
+        return super().train(*arguments, **options)
 
     def compute_loss(
         self,

@@ -302,13 +302,21 @@ def _problem_of_route(stitch: Stitch, depths: Sequence[int]) -> str | None:
 
 
 def check_cascades(cascades: Sequence[Cascade], stitches: Sequence[Stitch], left_out: Collection[int] = ()) -> None:
-    """Refuse with a ValueError cascades of unknown stitches, not even left out ones, or of stages in another order."""
+    """Refuse with a ValueError cascades of unknown stitches, not even left out ones, or of stages that fit nowhere."""
     flops, ids = {stitch.id: stitch.flops for stitch in stitches}, [cascade.id for cascade in cascades]
     for number, cascade in enumerate(cascades):
         stages = [stage.stitch for stage in cascade.stages]
         costs = [cost for stitch in stages if (cost := flops.get(stitch)) is not None]
-        if not set(stages) <= {*flops, *left_out} or costs != sorted(costs) or ids.count(cascade.id) > 1:
-            raise ValueError(f"cascades[{number}]: stages {stages} must be known stitches of growing cost, ids unique")
+        unknown, reached = set(stages) - {*flops, *left_out}, [stage.reached for stage in cascade.stages]
+        problems = {
+            f"id {cascade.id} occurs twice; ids must be unique": ids.count(cascade.id) > 1,
+            f"there is no stitch {min(unknown, default=0)}": unknown,
+            f"stages {stages} must be known stitches of growing cost, these cost {costs} FLOPs": costs != sorted(costs),
+            f"of all images {reached} reach its stages; it must be some of each, ever fewer": min(reached) == 0
+            or reached != sorted(reached, reverse=True),
+        }
+        for problem in (text for text, is_so in problems.items() if is_so):
+            raise ValueError(f"cascades[{number}]: {problem}")
 
 
 def find_stitch(stitches: Sequence[Stitch], stitch_id: Any, left_out: Collection[int] = ()) -> Stitch:

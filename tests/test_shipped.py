@@ -16,7 +16,7 @@ FUNCTIONS = Path(timm_functions.__file__)
 """Travels only with checkpoints that name a function of it."""
 
 ALLOWED = {"torch", "timm", "transformers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
-MOST_LINES, MOST_BYTES = 2_430, 128_239
+MOST_LINES, MOST_BYTES = 2_429, 128_150
 """Not to grow; the aim is 2,000 lines and 80 kB."""
 
 

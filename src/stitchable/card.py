@@ -18,7 +18,7 @@ from stitchable.cascades import cascade_table, runnable
 from stitchable.front import in_words, judge_stitches, pareto_front
 from stitchable.model.configuration_stitchable import STITCHABLE_VERSION, StitchableConfig
 from stitchable.model.modeling_stitchable import StitchableForImageClassification, StitchablePreTrainedModel
-from stitchable.model.routes import Stitch, measured_by
+from stitchable.model.routes import Stitch, best_of, measured_by
 from stitchable.plots import flops_unit
 from stitchable.processing import load_image_processor
 from stitchable.tables import frame_of, short_names
@@ -191,7 +191,7 @@ def what_it_prints(model: StitchablePreTrainedModel, folder: str | Path) -> str:
     folder, budget = Path(folder), _budget(model.stitches)
     if budget is None or model.config.num_channels != 3:
         return ""
-    stitch: Any = _chosen(model.stitches)
+    stitch = _chosen(model.stitches)
     small = StitchableForImageClassification.from_pretrained(folder, stitch_id=stitch.id)
     processor = load_image_processor(folder)
     classify = pipeline("image-classification", model=small, image_processor=processor, device="cpu")
@@ -370,15 +370,10 @@ def _budget(stitches: Sequence[Stitch]) -> float | None:
 
 
 def _chosen(stitches: Sequence[Stitch]) -> Stitch:
-    """The best of them within these FLOPs; of those that nobody measured, the largest."""
-    budget, metric = _budget(stitches), measured_by(stitches)
-    affordable = [stitch for stitch in stitches if budget and stitch.flops and stitch.flops <= budget] or stitches
-
-    def worth(stitch: Stitch) -> tuple[float, float]:
-        flops = stitch.flops or 0.0
-        return (stitch.metrics[metric], -flops) if metric in stitch.metrics else (-1.0, flops)
-
-    return max(affordable, key=worth)
+    """The best of them within these FLOPs, whatever they were measured by."""
+    budget = _budget(stitches)
+    affordable = [stitch for stitch in stitches if budget and stitch.flops and stitch.flops <= budget]
+    return best_of(affordable or stitches, measured_by(stitches))
 
 
 def _template() -> Path:

@@ -29,7 +29,7 @@ def _convit(model: TimmModel) -> Adapter:
         stem=("patch_embed", *(["pos_embed"] if model.use_pos_embed else []), "pos_drop"),
         stages=(local,),
         neck=(
-            *(["function:prepend_class_token"] if others else []),
+            *([timm_functions.prepend_class_token] if others else []),
             *(name for block in others for name in block),
             "norm",
         ),
@@ -212,7 +212,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "vision_transformer.VisionTransformer": _VIT,
     "beit.Beit": Adapter(
         NLC,
-        stem=("patch_embed", "function:prepend_class_token", "pos_embed", "pos_drop"),
+        stem=("patch_embed", timm_functions.prepend_class_token, "pos_embed", "pos_drop"),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
@@ -264,7 +264,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     ),
     "vision_transformer_relpos.VisionTransformerRelPos": Adapter(
         NLC,
-        stem=("patch_embed", "function:prepend_class_token"),
+        stem=("patch_embed", timm_functions.prepend_class_token),
         stages=("blocks",),
         neck=("norm",),
         prefix=("cls_token",),
@@ -320,7 +320,7 @@ ADAPTERS: dict[str, Adapter | Callable[[TimmModel], Adapter]] = {
     "metaformer.MetaFormer": Adapter(NCHW, stem=("stem",), stages=("stages.*",), call=timm_functions.call_metaformer),
     "mvitv2.MultiScaleVit": Adapter(
         NLC,
-        stem=("patch_embed", "function:prepend_class_token", "pos_embed"),
+        stem=("patch_embed", timm_functions.prepend_class_token, "pos_embed"),
         stages=("stages.*",),
         neck=("norm",),
         prefix=("cls_token",),

@@ -30,7 +30,8 @@ logger = logging.get_logger(__name__)
 _SHIPPED = Path(operations.__file__).parent
 _load_own_code: Any = StitchablePreTrainedModel._load_own_code.__func__  # type: ignore[attr-defined]
 _REGISTERED: dict[type[nn.Module], Adapter | Callable[[TimmModel], Adapter]] = {}
-OWN_CODE |= {str(code_reference(x)): x for x in vars(timm_functions).values() if inspect.isfunction(x)}
+_OURS = {str(code_reference(x)): x for x in vars(timm_functions).values() if inspect.isfunction(x)}
+OWN_CODE |= _OURS
 
 
 def describe(model: TimmModel) -> Description:
@@ -297,8 +298,7 @@ def load_own_code(
     Raises:
         ValueError: what is registered is other code than the checkpoint's.
     """
-    ours = {reference for reference in references if OWN_CODE.get(reference) in vars(timm_functions).values()}
-    for reference in sorted((references - ours) & set(OWN_CODE)) if trust else ():
+    for reference in sorted((references - set(_OURS)) & set(OWN_CODE)) if trust else ():
         file = cached_file(source, f"{reference.split('.')[0]}.py", **hub)
         if not _is_code_of(OWN_CODE[reference], file):
             fix = "load it in a process of its own, or without trust_remote_code to run what is registered"

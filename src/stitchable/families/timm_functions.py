@@ -47,14 +47,14 @@ def naflex_stem(model: Model, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 def pit_tokens(model: Model, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """PiT's grid (N, C, H, W) as tokens behind the class token, with the size of the grid as context."""
-    return _with_class_token(model, x.flatten(2).transpose(1, 2)), x.shape[2:]
+    return prepend_class_token(model, x.flatten(2).transpose(1, 2)), x.shape[2:]
 
 
 def tnt_stem(model: Model, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """TNT's: patches, and the stream of their pixels as context."""
     pixels = model.pixel_embed(x, model.pixel_pos)
     patches = model.norm2_proj(model.proj(model.norm1_proj(pixels.reshape(x.shape[0], model.num_patches, -1))))
-    return model.pos_drop(_with_class_token(model, patches) + model.patch_pos), pixels
+    return model.pos_drop(prepend_class_token(model, patches) + model.patch_pos), pixels
 
 
 def twins_stem(model: Model, x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +73,12 @@ def xcit_stem(model: Model, x: torch.Tensor) -> torch.Tensor:
 def sam_positions(model: Model, x: torch.Tensor) -> torch.Tensor:
     """Features (N, H, W, C) and their positions, resampled to the grid."""
     return x if model.pos_embed is None else x + resample_abs_pos_embed_nhwc(model.pos_embed, x.shape[1:3])
+
+
+def prepend_class_token(model: Model, x: torch.Tensor) -> torch.Tensor:
+    """Tokens behind the class token, if the model has one."""
+    tokens = model.cls_token
+    return x if tokens is None else torch.cat((tokens.expand(x.shape[0], -1, -1), x), dim=1)
 
 
 def pit_prefix(model: Model, x: torch.Tensor) -> torch.Tensor:
@@ -214,11 +220,6 @@ def _on_tokens_of_nhwc(part: nn.Module, x: torch.Tensor, *args: Any) -> torch.Te
 
 def _on_tokens_of_nchw(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return part(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def _with_class_token(model: Model, x: torch.Tensor) -> torch.Tensor:
-    tokens = model.cls_token
-    return x if tokens is None else torch.cat((tokens.expand(x.shape[0], -1, -1), x), dim=1)
 
 
 def _embed(embed: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,8 @@ class Chain:
 
     @property
     def _names(self) -> list[str]:
-        lists = (self.stem, *self.blocks, self.neck, self.head, self.prefix, *self.parts.values())
+        functions = filter(None, (self.own_prefix, self.call, self.context))
+        lists = (self.stem, *self.blocks, self.neck, self.head, self.prefix, *self.parts.values(), functions)
         return [name for names in lists for name in names]
 
     @property
@@ -111,8 +112,7 @@ class Chain:
     @property
     def code(self) -> set[str]:
         """The functions of files beside the config, as "file.name"."""
-        names = (*self._names, *filter(None, (self.own_prefix, self.call, self.context)))
-        return {name.removeprefix(FUNCTION) for name in names if name.startswith(FUNCTION) and "." in name}
+        return {name.removeprefix(FUNCTION) for name in self._names if name.startswith(FUNCTION) and "." in name}
 
     @property
     def per_image(self) -> bool | None:
@@ -121,7 +121,7 @@ class Chain:
 
     def check_names(self, model: TimmModel) -> None:
         """Refuse with a ValueError a model that lacks what this chain names, and functions that nobody knows."""
-        for name in (*self._names, *filter(None, (self.own_prefix, self.call, self.context))):
+        for name in self._names:
             try:
                 if name.startswith(FUNCTION):
                     self.functions[name] = find_function(name.removeprefix(FUNCTION))

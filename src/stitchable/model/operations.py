@@ -22,18 +22,12 @@ OWN_CODE: dict[str, Any] = {}
 or loaded with a checkpoint."""
 
 
-def _prepend_class_token(model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-    tokens = model.cls_token
-    return x if tokens is None else torch.cat((tokens.expand(x.shape[0], -1, -1), x), dim=1)
-
-
 OPERATIONS: dict[str, Callable[[TimmModel, torch.Tensor], torch.Tensor]] = {
     "to_nhwc": lambda model, x: x.permute(0, 2, 3, 1),
     "to_nchw": lambda model, x: x.permute(0, 3, 1, 2),
     "to_contiguous_nchw": lambda model, x: x.permute(0, 3, 1, 2).contiguous(),
     "tokens_of_nchw": lambda model, x: x.flatten(2).transpose(1, 2),
     "tokens_of_nhwc": lambda model, x: x.flatten(1, 2),
-    "prepend_class_token": _prepend_class_token,
 }
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from .schema import read, write
 
@@ -245,6 +245,7 @@ class Cascade:
         return self.flops
 
 
+ChoiceOf = TypeVar("ChoiceOf", Stitch, Cascade, "Stitch | Cascade")
 Choice = Stitch | Cascade
 """What a budget chooses among."""
 
@@ -363,11 +364,15 @@ def best_within(choices: Sequence[Choice], *, metric: str | None = None, **bound
     known = {name for choice in choices for name in choice.metrics}
     if known and metric not in known:
         raise ValueError(f"no stitch has been measured by {metric!r}; there are {sorted(known)}")
-    affordable = within(choices, **bounds)
-    measured = [choice for choice in affordable if metric in choice.metrics]
+    return best_of(within(choices, **bounds), metric)
+
+
+def best_of(choices: Sequence[ChoiceOf], metric: str) -> ChoiceOf:
+    """As `best_within`, among those that are within the bounds."""
+    measured = [choice for choice in choices if metric in choice.metrics]
     if measured:
         return max(measured, key=lambda choice: (choice.metrics[metric], -(choice.mean_flops or 0)))
-    return max(affordable, key=lambda choice: choice.mean_flops or 0)
+    return max(choices, key=lambda choice: choice.mean_flops or 0)
 
 
 def within(choices: Sequence[Choice], **bounds: float | None) -> list[Choice]:

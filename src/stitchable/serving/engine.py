@@ -203,9 +203,6 @@ class Engine:
         except asyncio.CancelledError:
             self.statistics.ended("gone")
             raise
-        except ValueError:
-            self.statistics.ended("invalid")
-            raise
         finally:
             self._inside -= 1
             self._wake.set()  # whoever drains waits for the last one

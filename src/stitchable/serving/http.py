@@ -64,16 +64,14 @@ def _add_classification(app: APIRouter, engine: Engine) -> None:
 
     async def answer(request: Request) -> tuple[Answer, list[Label]]:
         try:
-            try:
-                async with inbox.body(request) as body:
-                    content, options = await unpack(request.headers, body)
-                    wishes = Wishes.read({**request.query_params, **options})
-                    permits = wishes.permits(engine)
-            except ValueError:
-                engine.statistics.ended("invalid")
-                raise
-            found = await _unless_gone(request, engine.classify(content, wishes.seconds, permits))
+            async with inbox.body(request) as body:
+                content, options = await unpack(request.headers, body)
+                wishes = Wishes.read({**request.query_params, **options})
+                work = engine.classify(content, wishes.seconds, wishes.permits(engine))
+                found = await _unless_gone(request, work)
         except (ValueError, RuntimeError, Unavailable, ClientDisconnect) as error:
+            if isinstance(error, ValueError):
+                engine.statistics.ended("invalid")
             raise refusal(error) from error
         best = nlargest(wishes.top_k, range(len(names)), found.scores.__getitem__)
         return found, [Label(label=names[i], score=found.scores[i]) for i in best]
